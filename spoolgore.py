@@ -1,0 +1,2802 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.9"
+# dependencies = ["gevent>=22.10", "docopt>=0.6.2"]
+# ///
+"""Spoolgore: sends the mails that applications drop into a directory.
+
+Each file in DIRECTORY is one mail (RFC 5322). It is sent through a relay as
+soon as it is there, tried again on any error, and removed when every
+recipient has it.
+
+Usage:
+  spoolgore.py [options] DIRECTORY
+
+Relay options:
+  -smtpaddr ADDR         address of the smtp address to use in the addr:port
+                         format; "-" prints the mails instead of sending them
+                         [default: 127.0.0.1:25]
+  -smtpuser USER         username for smtp plain authentication [default: ]
+  -smtppassword SECRET   password for smtp plain authentication [default: ]
+  -smtpmd5user USER      username for smtp cram md5 authentication [default: ]
+  -smtpmd5password SECRET
+                         password for smtp cram md5 authentication [default: ]
+  -smtpauth MECHANISM    plain, login, cram-md5 or xoauth2, instead of what the
+                         user flag means [default: ]
+  -smtppasswordcommand COMMAND
+                         the first line of this shell command's output is the
+                         password or the OAuth 2 token [default: ]
+  -tls MODE              auto (STARTTLS if offered, smtps on port 465),
+                         starttls (required), smtps or off [default: auto]
+  -tlsca FILE            trust the certificates in this PEM file instead of the
+                         system's [default: ]
+  -tlscert FILE          PEM file with a client certificate and its key
+                         [default: ]
+  -helo NAME             name to say in EHLO; this machine's if it has a full
+                         one, else its address [default: ]
+  -concurrency N         mails in flight at once, and so the most connections
+                         [default: 100]
+  -timeout SECONDS       how long the relay may take over one command; 600 for
+                         its answer to a whole mail [default: 60]
+  -rate LIMITS           at most so many recipients: N/s, N/m, N/h, N/d, or
+                         several of them with commas [default: ]
+
+Queue options:
+  -freq SECONDS          frequency of spool directory scans (seconds); new
+                         mails are seen at once where inotify is to be had
+                         [default: 10]
+  -attempts N            max attempts for failed SMTP transactions before
+                         giving up [default: 100]
+  -fail5xx               give up at once on a recipient that the relay refuses
+                         with a permanent (5xx) reply
+  -once                  send what is due, then exit: 0 if the spool is empty,
+                         75 if something remains
+
+Status options:
+  -json PATH             path of the json status file; .spoolgore.js in the
+                         spool directory if empty [default: ]
+  -status                print how the spool is doing and exit: 0, or 1 when no
+                         daemon runs or a mail was given up
+
+Other options:
+  -h, -help              print this text
+  -version               print the version
+
+Flags may be written -name value, -name=value, --name value or --name=value.
+
+Signals:
+  SIGURG                 every waiting recipient is due now
+  SIGHUP                 read the status file again
+  SIGTSTP                suspend: nothing is sent or written until SIGHUP or
+                         SIGURG, so that the status file can be edited
+  SIGTERM, SIGINT        finish what is in flight (10 s at most) and exit
+"""
+
+if __name__ == "__main__":  # importing the module never patches the importer
+    from gevent import monkey
+
+    monkey.patch_all()
+
+import base64
+import calendar
+import contextlib
+import ctypes
+import email.utils
+import enum
+import errno
+import heapq
+import hmac
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import smtplib
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections import deque
+from datetime import datetime, timezone
+from typing import NamedTuple
+
+import docopt
+import gevent
+import gevent.event
+import gevent.lock
+import gevent.pool
+import gevent.socket
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, no leases
+    fcntl = None
+
+# ---------------------------------------------------------------- glossary
+#
+# spool         the directory; what lies in .failed/ inside it was given up
+# mail          one file in the spool
+# message       what is in the file: header fields and body (RFC 5322)
+# envelope      one mail's entry in the status: its recipients and their state
+# recipient     one address of the envelope; it is waiting, in flight,
+#               delivered or given up
+# relay         the SMTP server that takes the mails (smarthost)
+# transaction   MAIL, RCPT, DATA or BDAT: one mail, up to 100 recipients
+# outcome       what a transaction did for one recipient: delivered, deferred
+#               (4xx), refused (5xx), or again (not asked yet)
+# settled       every recipient is delivered or given up
+
+VERSION = "1.0.0"
+RECIPIENTS_PER_TRANSACTION = 100  # RFC 5321 4.5.3.1.8: every relay takes these
+ADDRESS_LIMIT = 254  # octets; RFC 5321 4.5.3.1.3 less the angle brackets
+HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
+CHUNK = 128 * 1024  # octets; a mail up to this size is held whole, a larger one streamed
+REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines
+FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
+IDLE_SECONDS = 5  # then an unused connection is closed
+FRESH_SECONDS = 1  # a connection unused for longer is asked before content is sent
+CONNECTION_SECONDS = 300  # a connection's life
+PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is down
+LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
+CAP_SECONDS = 30  # how long a relay's limit on connections is believed
+QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
+SAVE_SECONDS = 1  # the least time between two writes of the status file
+STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
+EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
+
+log = logging.getLogger("spoolgore")
+
+
+# ----------------------------------------------------------------- options
+
+
+class UsageError(Exception):
+    """The command line is wrong; the text names the flag."""
+
+
+class Options(NamedTuple):
+    """The command line, typed and checked. Times are in seconds."""
+
+    directory: str
+    smtpaddr: list  # of Address, in order of preference; empty: print the mails
+    smtpuser: str
+    smtppassword: str
+    smtpmd5user: str
+    smtpmd5password: str
+    smtpauth: str
+    smtppasswordcommand: str
+    tls: str
+    tlsca: str
+    tlscert: str
+    helo: str
+    concurrency: int
+    timeout: int
+    freq: int
+    attempts: int
+    rate: list  # of (recipients, seconds)
+    fail5xx: bool
+    once: bool
+    json: str
+    status: bool
+
+
+class Address(NamedTuple):
+    """Where a relay listens."""
+
+    host: str
+    port: int
+
+    def __str__(self):
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+def flags(doc):
+    """The flags of the usage text: a dict from name to whether it takes a value."""
+    lines = re.findall(r"^  -(?:h, -)?(\w+)( [A-Z]+)?", doc, re.MULTILINE)
+    return {name: bool(value) for name, value in lines}
+
+
+def docopt_text(doc):
+    """The usage text with Go's ``-name`` spelt ``--name``, as docopt reads it."""
+    return re.sub(r"(?<![\w-])-(\w{2,})", r"--\1", doc)
+
+
+def docopt_argv(argv, takes_value):
+    """Arguments in any of Go's spellings as ``--name=value``, the directory last.
+
+    A flag that is given twice counts as it was given last. Raises UsageError, in the words of Go's flag package.
+    """
+    found, names, words = {}, [], iter(argv)
+    for word in words:
+        if word == "--":
+            names += words
+        elif len(word) < 2 or word[0] != "-":
+            names.append(word)
+        else:
+            name, value = split_flag(word, words, takes_value)
+            found[name] = value
+    options = [f"--{name}" if value is None else f"--{name}={value}" for name, value in found.items()]
+    return options + [f"./{name}" if name.startswith("-") else name for name in names]
+
+
+def split_flag(word, words, takes_value):
+    """The name and value of one flag; the value may be the next of words."""
+    match = re.fullmatch(r"--?([^-=][^=]*)(?:=(.*))?", word, re.DOTALL)
+    if not match:
+        raise UsageError(f"bad flag syntax: {word}")
+    name, value = match.groups()
+    name = "help" if name == "h" else name
+    if name not in takes_value:
+        raise UsageError(f"flag provided but not defined: -{name}")
+    if not takes_value[name]:
+        return name, switch(name, value)
+    value = next(words, None) if value is None else value
+    if value is None:
+        raise UsageError(f"flag needs an argument: -{name}")
+    return name, value
+
+
+def switch(name, value):
+    """A flag without a value is on; ``-name=true`` is Go's other way to say so."""
+    if value not in (None, "1", "t", "true", "T", "True", "TRUE"):
+        raise UsageError(f'invalid value "{value}" for flag -{name}: it is given or it is not')
+    return None
+
+
+def bad_value(name, value, reason):
+    return UsageError(f'invalid value "{value}" for flag -{name}: {reason}')
+
+
+def whole_number(name, value, least):
+    if not re.fullmatch(r"[+-]?\d{1,9}", value, re.ASCII):
+        raise bad_value(name, value, "parse error")
+    if int(value) < least:
+        raise bad_value(name, value, f"must be {least} or more")
+    return int(value)
+
+
+def one_of(name, value, choices):
+    if value not in choices:
+        raise bad_value(name, value, f"must be one of {', '.join(filter(None, choices))}")
+    return value
+
+
+def parse_addresses_of_relays(text, default_port):
+    """Addresses in order of preference from comma-separated text; none for "-"."""
+    return [] if text == "-" else [parse_relay(part.strip(), default_port) for part in text.split(",")]
+
+
+def parse_relay(text, default_port):
+    """An Address from ``host:port``, ``host``, ``:port`` or ``[IPv6]:port``."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/,]*))(?::(\d{1,5}))?", text)
+    if not match or not text:
+        raise bad_value("smtpaddr", text, "not an address like host:port")
+    port = int(match[3] or default_port)
+    if not 0 < port < 65536:
+        raise bad_value("smtpaddr", text, "the port is not between 1 and 65535")
+    return Address(match[1] or match[2] or "localhost", port)
+
+
+def parse_rate(text):
+    """(recipients, seconds) pairs from limits like ``14/s,50000/d``."""
+    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    limits = [re.fullmatch(r"([1-9]\d{0,8})/([smhd])", part.strip()) for part in text.split(",")] if text else []
+    if not all(limits):
+        raise bad_value("rate", text, "not limits like 14/s,50000/d")
+    return [(int(limit[1]), seconds[limit[2]]) for limit in limits]
+
+
+def parse_options(argv, doc=None):
+    """Options from the words behind the program's name.
+
+    Raises UsageError for a flag that is wrong, SystemExit after -h and -version or without a directory.
+    """
+    doc = doc or __doc__
+    words = docopt_argv(argv, flags(doc))
+    if "--help" in words:
+        raise SystemExit(print(doc.strip()))
+    if "--version" in words:
+        raise SystemExit(print(f"spoolgore.py {VERSION}"))
+    directories = [word for word in words if not word.startswith("--")]
+    if len(directories) > 1:
+        raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
+    if not directories or not directories[0]:
+        raise SystemExit(complain("please specify a spool directory"))
+    return typed({name.lstrip("-"): value for name, value in docopt.docopt(docopt_text(doc), words, False).items()})
+
+
+def typed(found):
+    """Options from docopt's dict of texts."""
+    least = {"concurrency": 1, "timeout": 1, "freq": 0, "attempts": 0}
+    numbers = {name: whole_number(name, found[name], low) for name, low in least.items()}
+    one_of("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
+    one_of("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
+    if found["smtpauth"] and not (found["smtpuser"] or found["smtpmd5user"]):
+        raise bad_value("smtpauth", found["smtpauth"], "it needs -smtpuser")
+    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
+    relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
+    values = {
+        **found,
+        **switches,
+        **numbers,
+        "directory": found["DIRECTORY"],
+        "smtpaddr": relays,
+        "rate": parse_rate(found["rate"]),
+    }
+    return Options(**{name: values[name] for name in Options._fields})
+
+
+def complain(text, status=EX_ERROR):
+    """Log one line; returns the exit status that goes with it."""
+    log.error(text)
+    return status
+
+
+# ----------------------------------------------------------------- message
+
+
+class BadMessage(Exception):
+    """The file is not a mail that can be sent; the text says why."""
+
+
+FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")  # RFC 5322 2.2, and 4.5's space before the colon
+UNQUOTED_NAME = re.compile(r'("(?:[^"\\]|\\.)*")|([^\s,:;<>"()]+@[^\s,:;<>"()]+)(?=\s*<)')
+QUOTED_LOCAL = re.compile(r'"(?:[^"\\<>\x00-\x1f\x7f]|\\[ -;=?-~])+"')
+PLAIN_LOCAL = re.compile(r'[^\s"(),:;<>@\[\\\]\x00-\x1f\x7f]+')
+DOMAIN = re.compile(r'[^\s"(),;<>@\\\x00-\x1f\x7f]+')
+LENIENT = {"strict": False} if hasattr(email.utils, "supports_strict_parsing") else {}
+
+
+def unix_lines(read):
+    """The chunks that ``read(octets)`` gives, with every CRLF, bare CR and bare LF made LF."""
+    held = b""
+    while data := read(CHUNK):
+        data = held + data
+        held = b"\r" if data.endswith(b"\r") else b""
+        yield (data[:-1] if held else data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    if held:
+        yield b"\n"
+
+
+def split_header(chunks):
+    """The header, and the rest from the empty line on, of LF chunks (RFC 5322 2.1).
+
+    Raises BadMessage when the header does not end within HEADER_LIMIT octets.
+    """
+    text = next(chunks, b"")
+    if text.startswith(b"\n"):
+        return b"", text
+    while b"\n\n" not in text[-CHUNK - 2 :] and len(text) <= HEADER_LIMIT and (more := next(chunks, b"")):
+        text += more
+    header, gap, body = text.partition(b"\n\n")
+    if len(header) > HEADER_LIMIT:
+        raise BadMessage(f"header longer than {HEADER_LIMIT} octets")
+    return header.rstrip(b"\n"), gap[1:] + body
+
+
+def header_fields(header):
+    """(lower-case name, whole field) for each field; a folded field is one.
+
+    Raises BadMessage for a line that is no field, in the original's words.
+    """
+    fields = re.split(rb"\n(?![ \t])", header) if header else []
+    return [(field_name(field), field) for field in fields]
+
+
+def field_name(field):
+    match = FIELD.match(field)
+    if not match:
+        line = field.split(b"\n")[0][:80].decode("utf-8", "replace")
+        raise BadMessage(f"malformed MIME header: missing colon: {json.dumps(line, ensure_ascii=False)}")
+    return match[1].lower()
+
+
+def field_text(field):
+    """A field's value, unfolded (RFC 5322 2.2.3), as text."""
+    value = field.partition(b":")[2].replace(b"\n", b"")
+    return value.decode("utf-8", "surrogateescape").strip()
+
+
+def without_bcc(fields):
+    """The header that is sent: every field as it is, but for Bcc."""
+    return b"".join(field + b"\n" for name, field in fields if name != b"bcc")
+
+
+def parse_addresses(text):
+    """The bare addresses of an address list (RFC 5322 3.4), groups and comments included.
+
+    ``bob@x <alice@y>`` is alice: an unquoted address before an angle address is a display name.
+    """
+    text = UNQUOTED_NAME.sub(lambda match: match[1] or f'"{match[2]}"', text)
+    try:
+        return [address for _, address in email.utils.getaddresses([text], **LENIENT) if address]
+    except RecursionError:
+        raise BadMessage("comments nested too deep") from None
+
+
+def unique(addresses, seen):
+    """Addresses that are not in seen yet; the domain's letter case makes no difference."""
+    return [address for address in addresses if not (address_key(address) in seen or seen.add(address_key(address)))]
+
+
+def address_key(address):
+    local, at, domain = address.rpartition("@")
+    return local + at + domain.lower()
+
+
+def address_problem(address):
+    """Why an address cannot be put into MAIL or RCPT (RFC 5321 4.1.2); empty when it can."""
+    local, at, domain = address.rpartition("@") if "@" in address else (address, "", "")
+    if any("\ud800" <= letter <= "\udfff" for letter in address):
+        return "not UTF-8"
+    if len(address.encode()) > ADDRESS_LIMIT:
+        return f"longer than {ADDRESS_LIMIT} octets"
+    if not (PLAIN_LOCAL.fullmatch(local) or QUOTED_LOCAL.fullmatch(local)):
+        return "bad local part"
+    return "bad domain" if at and not DOMAIN.fullmatch(domain) else ""
+
+
+def wire_address(address):
+    """The address as it stands in MAIL and RCPT: a domain that is not ASCII goes as IDNA (RFC 5891).
+
+    What is not ASCII in the result needs SMTPUTF8 (RFC 6531). Raises ValueError for an impossible domain.
+    """
+    local, at, domain = address.rpartition("@")
+    return address if address.isascii() else local + at + domain.encode("idna").decode("ascii")
+
+
+class Message:
+    """What is in one mail's file: whom it is from and for, and the content to send.
+
+    file is open for reading in binary mode. Raises BadMessage when it cannot be sent at all.
+    """
+
+    def __init__(self, file):
+        self.file = file
+        chunks = unix_lines(file.read)
+        header, body = split_header(chunks)
+        fields = header_fields(header)
+        self.from_field, self.sender = parse_sender(fields)
+        self.recipients = parse_recipients(fields)
+        self._size = os.fstat(file.fileno()).st_size
+        self._whole = self._render(fields, body, chunks) if self._size < CHUNK else None
+
+    @staticmethod
+    def _render(fields, body, chunks):
+        whole = (without_bcc(fields) + body + b"".join(chunks)).replace(b"\n", b"\r\n")
+        return whole if whole.endswith(b"\r\n") else whole + b"\r\n"
+
+    @property
+    def whole(self):
+        """The whole content when it is small enough to be held in memory, else None."""
+        return self._whole
+
+    @property
+    def size(self):
+        """Octets to declare by SIZE (RFC 1870): exact when whole, else the file's."""
+        return self._size if self._whole is None else len(self._whole)
+
+    def content(self):
+        """The content in chunks: CRLF line ends, no Bcc, a line end last."""
+        if self._whole is not None:
+            return iter([self._whole])
+        return self._stream()
+
+    def _stream(self):
+        self.file.seek(0)
+        chunks = unix_lines(self.file.read)
+        header, body = split_header(chunks)
+        last = b""
+        for chunk in itertools.chain([without_bcc(header_fields(header)), body], chunks):
+            last = chunk or last
+            yield chunk.replace(b"\n", b"\r\n")
+        if not last.endswith(b"\n"):
+            yield b"\r\n"
+
+
+def parse_sender(fields):
+    """The From field as it stands, and the address for MAIL: the first one, or the null sender."""
+    text = next((field_text(field) for name, field in fields if name == b"from"), "")
+    sender = next(iter(parse_addresses(text)), "")
+    if problem := sender and address_problem(sender):
+        raise BadMessage(f'"From" header: {problem}: {json.dumps(sender[:80])}')
+    return text, sender
+
+
+def parse_recipients(fields):
+    """A dict of the addresses in To, Cc and Bcc; an address stands in the first of them only."""
+    seen = set()
+    return {key: unique(listed(fields, key.lower().encode()), seen) for key in ("To", "Cc", "Bcc")}
+
+
+def listed(fields, wanted):
+    return [address for name, field in fields if name == wanted for address in parse_addresses(field_text(field))]
+
+
+def dot_stuffed(chunks):
+    """Chunks with a dot more at the start of each line that begins with one (RFC 5321 4.5.2)."""
+    at_line_start = True
+    for chunk in chunks:
+        if chunk:
+            yield (b"." if at_line_start and chunk.startswith(b".") else b"") + chunk.replace(b"\r\n.", b"\r\n..")
+            at_line_start = chunk.endswith(b"\r\n")
+
+
+# ---------------------------------------------------------------- envelope
+#
+# An envelope is one mail's entry in the status: a dict with the original's
+# keys. A recipient is a dict in its To, Cc or Bcc. This section is the only
+# code that writes either; keys that it does not know stay as they are.
+
+WAITING, IN_FLIGHT, DELIVERED, GIVEN_UP = "waiting", "in flight", "delivered", "given up"
+MOVES = {
+    (WAITING, IN_FLIGHT),  # a transaction begins
+    (IN_FLIGHT, DELIVERED),  # 2xx
+    (IN_FLIGHT, WAITING),  # deferred, or the relay was away
+    (IN_FLIGHT, GIVEN_UP),  # the last attempt failed
+    (GIVEN_UP, WAITING),  # its file was moved back from .failed
+}
+FIELDS = ("To", "Cc", "Bcc")
+
+
+def format_time(seconds):
+    """RFC 3339 text of a time in seconds since 1970."""
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def parse_time(text):
+    """Seconds since 1970 from RFC 3339 text; Go's zero time is far in the past. Raises ValueError."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))", str(text))
+    if not match:
+        raise ValueError(f"not a time: {text}")
+    moment, fraction, sign, hours, minutes = match.groups()
+    offset = int(f"{sign}1") * (int(hours) * 3600 + int(minutes) * 60) if sign else 0
+    return calendar.timegm(datetime.fromisoformat(moment).timetuple()) + float(fraction or 0) - offset
+
+
+def retry_delay(attempts):
+    """Seconds until the next attempt: a minute for each one that failed, 30 minutes at most."""
+    return 60 * min(attempts, 30)
+
+
+def new_envelope(message, now):
+    """The entry of a mail that was not seen before; message is a Message, or None when it is not one."""
+    moment = format_time(now)
+    lists = message.recipients if message else dict.fromkeys(FIELDS, ())
+    envelope = {"From": message.from_field.encode("utf-8", "replace").decode() if message else ""}
+    envelope.update({key: [new_recipient(address, moment) for address in lists[key]] for key in FIELDS})
+    return {**envelope, "Attempts": 0, "Enqueued": moment}
+
+
+def new_recipient(address, moment):
+    return {"Address": address, "Status": 0, "Attempts": 0, "NextAttempt": moment, "Error": ""}
+
+
+def renew(envelope, message, now):
+    """The message can be read: an entry from a time when it could not gets its recipients."""
+    envelope.pop("Error", None)
+    if not recipients(envelope):
+        envelope.update({**new_envelope(message, now), "Enqueued": envelope.get("Enqueued", format_time(now))})
+
+
+def unusable(envelope, reason):
+    """The same entry with the reason why its mail cannot be sent."""
+    return {**envelope, "Error": reason}
+
+
+def recipients(envelope):
+    """Every recipient's dict, To, Cc and Bcc in turn."""
+    return [recipient for key in FIELDS for recipient in envelope.get(key) or ()]
+
+
+def state(recipient):
+    if recipient["Status"] == 2:
+        return GIVEN_UP if recipient["Error"] else DELIVERED
+    return IN_FLIGHT if recipient["Status"] == 1 else WAITING
+
+
+def is_due(recipient, now):
+    return recipient["Status"] == 0 and parse_time(recipient["NextAttempt"]) <= now
+
+
+def is_settled(envelope):
+    return all(recipient["Status"] == 2 for recipient in recipients(envelope))
+
+
+def has_failed(envelope):
+    return any(state(recipient) == GIVEN_UP for recipient in recipients(envelope))
+
+
+def next_attempt(envelope):
+    """When the first waiting recipient is due, in seconds since 1970; 0 when none waits."""
+    times = [parse_time(r["NextAttempt"]) for r in recipients(envelope) if state(r) == WAITING]
+    return min(times, default=0)
+
+
+def move(recipient, target, error=""):
+    """Take a recipient to another state. Raises ValueError for a move that the state diagram has not."""
+    if (state(recipient), target) not in MOVES:
+        raise ValueError(f"{recipient['Address']} is {state(recipient)} and cannot become {target}")
+    recipient["Status"] = {WAITING: 0, IN_FLIGHT: 1, DELIVERED: 2, GIVEN_UP: 2}[target]
+    recipient["Error"] = error
+
+
+def begin(recipient):
+    move(recipient, IN_FLIGHT, recipient["Error"])
+
+
+def delivered(recipient):
+    move(recipient, DELIVERED)
+
+
+def postponed(recipient, error):
+    """Back to waiting, as due as before: no attempt is counted."""
+    move(recipient, WAITING, error)
+
+
+def deferred(recipient, error, now):
+    """Back to waiting, an attempt the worse."""
+    recipient["Attempts"] += 1
+    recipient["NextAttempt"] = format_time(now + retry_delay(recipient["Attempts"]))
+    move(recipient, WAITING, error)
+
+
+def gave_up(recipient, error):
+    recipient["Attempts"] += 1
+    move(recipient, GIVEN_UP, error or "given up")
+
+
+def requeue(envelope, now):
+    """The file was moved back from .failed: whoever was given up waits again, from the first attempt."""
+    for recipient in recipients(envelope):
+        if state(recipient) == GIVEN_UP:
+            move(recipient, WAITING, recipient["Error"])
+            recipient.update(Attempts=0, NextAttempt=format_time(now))
+
+
+def interrupted(envelope):
+    """What was in flight when the status was written waits again. True if anything was."""
+    flying = [recipient for recipient in recipients(envelope) if recipient["Status"] == 1]
+    for recipient in flying:
+        move(recipient, WAITING, recipient["Error"])
+    return bool(flying)
+
+
+def envelope_problem(envelope):
+    """What is wrong with an entry that was read from a file that people edit; empty when nothing is."""
+    if not isinstance(envelope, dict):
+        return "not an object"
+    if wrong := [key for key in FIELDS if not isinstance(envelope.get(key) or [], list)]:
+        return f"{wrong[0]} is not a list"
+    return next(filter(None, map(recipient_problem, recipients(envelope))), "")
+
+
+def recipient_problem(recipient):
+    kinds = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
+    if not isinstance(recipient, dict):
+        return "a recipient is not an object"
+    if wrong := [key for key, kind in kinds.items() if not isinstance(recipient.get(key), kind)]:
+        return f"a recipient's {wrong[0]} is missing or of the wrong type"
+    try:
+        parse_time(recipient["NextAttempt"])
+    except ValueError as error:
+        return str(error)
+    return "" if recipient["Status"] in (0, 1, 2) else "a recipient's Status is not 0, 1 or 2"
+
+
+def merge(edited, live, done):
+    """The edited entry, with what happened since it was written: recipients that are in flight in the live
+    entry, and those whose address is in done (delivered since), stay as the live one has them."""
+    kept = {r["Address"]: r for r in recipients(live) if state(r) == IN_FLIGHT or r["Address"] in done}
+    for key in FIELDS:
+        edited[key] = [kept.pop(r["Address"], r) for r in edited.get(key) or ()]
+        edited[key] += [r for r in live.get(key) or () if kept.pop(r["Address"], None)]
+    return edited
+
+
+# ------------------------------------------------------------------ status
+
+
+class CorruptStatus(Exception):
+    """The status file is not what it should be; the text says where."""
+
+
+def pack(path, envelope):
+    """An entry as its line and those below it in the status file. Packed entries are small, cost the garbage
+    collector nothing, and make a write of the file one join."""
+    text = json.dumps(envelope, indent="\t").replace("\n", "\n\t")
+    return f"\t{json.dumps(path)}: {text}".encode()
+
+
+def unpack(packed):
+    return next(iter(json.loads(b"{" + packed + b"}").values()))
+
+
+def read_entries(text):
+    """(path, entry) for each entry of a status file's text. Raises CorruptStatus."""
+    try:
+        entries = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise CorruptStatus(str(error)) from None
+    if not isinstance(entries, dict):
+        raise CorruptStatus("not a JSON object")
+    return entries
+
+
+class Status:
+    """The dict from a mail's path to its envelope, and the file that it is kept in.
+
+    An entry is a dict while its mail is in flight and packed while it rests.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.entries = {}
+        self.thawed = gevent.event.Event()  # clear while suspended: nothing is written
+        self.thawed.set()
+        self.since_save = {}  # path -> addresses delivered since the last save; None: the entry is gone
+        self.wanted = gevent.event.Event()
+        self.urgent = gevent.event.Event()
+        self._saved = gevent.event.Event()
+        self._writing = gevent.lock.BoundedSemaphore()
+        self._in_save = {}
+        self._cost = 0.0
+        self._complaint = ""
+
+    def __contains__(self, path):
+        return path in self.entries
+
+    def __len__(self):
+        return len(self.entries)
+
+    def changed(self):
+        if not self.wanted.is_set():
+            self.wanted.set()
+
+    def peek(self, path):
+        """The envelope, to read only."""
+        entry = self.entries[path]
+        return entry if isinstance(entry, dict) else unpack(entry)
+
+    def take(self, path):
+        """The envelope, to change; give it back with rest()."""
+        self.entries[path] = entry = self.peek(path)
+        return entry
+
+    def put(self, path, envelope):
+        self.entries[path] = envelope
+        self.changed()
+
+    def rest(self, path):
+        """Nothing more is done with this entry for now."""
+        entry = self.entries.get(path)
+        if isinstance(entry, dict):
+            self.put(path, pack(path, entry))
+
+    def delivered(self, path, address):
+        """Remember a delivery that the file does not know yet."""
+        self.since_save.setdefault(path, set())
+        if self.since_save[path] is not None:
+            self.since_save[path].add(address)
+
+    def commit_deliveries(self, path):
+        """commit(), if the file may not know yet of one of this mail's deliveries."""
+        if self.since_save.get(path) or self._in_save.get(path):
+            self.commit()
+
+    def drop(self, path):
+        del self.entries[path]
+        self.since_save[path] = None
+        self.changed()
+
+    def rename(self, old, new):
+        envelope = self.peek(old)
+        self.drop(old)
+        self.since_save.pop(new, None)
+        self.put(new, pack(new, envelope))
+        return envelope
+
+    # -- the file
+
+    def load(self):
+        """Read the file. Raises CorruptStatus; a file that is not there is an empty status."""
+        self.entries = {path: self._arrived(path, envelope) for path, envelope in self._read().items()}
+
+    def reload(self):
+        """Read the file again: it is the truth, but for what happened since it was written.
+
+        Entries that are not in the file stay, as in the original. Raises CorruptStatus and changes nothing.
+        """
+        for path, envelope in self._read().items():
+            self._reload_entry(path, envelope)
+        self.changed()
+
+    def _reload_entry(self, path, envelope):
+        done = self.since_save.get(path, ())
+        if done is None and path not in self.entries:
+            return
+        packed = self._arrived(path, envelope)
+        live = self.entries.get(path)
+        if live is None or envelope_problem(envelope) or not (done or isinstance(live, dict)):
+            self.entries[path] = packed
+        elif isinstance(live, dict):  # its greenlet holds this very dict
+            live.update(merge(unpack(packed), live, done or ()))
+        else:
+            self.entries[path] = pack(path, merge(unpack(packed), unpack(live), done))
+
+    def _read(self):
+        try:
+            with open(self.path, "rb") as file:
+                return read_entries(file.read().decode("utf-8", "replace"))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise CorruptStatus(describe(error)) from None
+
+    def _arrived(self, path, envelope):
+        if not envelope_problem(envelope):
+            interrupted(envelope)
+        return pack(path, envelope)
+
+    def set_aside(self, now):
+        """Move a corrupt file out of the way; returns its new path."""
+        moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        aside = hidden(self.path, f".corrupt-{moment}")
+        os.replace(self.path, aside)
+        return aside
+
+    def save(self):
+        """Write the file: aside, to the disk, then in place of the old one. Says once that it cannot."""
+        with self._writing:
+            if self.thawed.is_set():
+                self._save()
+
+    def _save(self):
+        started = time.monotonic()
+        saved, self._saved = self._saved, gevent.event.Event()
+        self._in_save, self.since_save = self.since_save, {}
+        self.wanted.clear()
+        self.urgent.clear()
+        try:
+            gevent.get_hub().threadpool.apply(write_durably, (self.path, self._text()))
+            self._complaint = ""
+        except OSError as error:
+            self._failed(error)
+        self._in_save = {}
+        self._cost = time.monotonic() - started
+        saved.set()
+
+    def _text(self):
+        packed = [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in self.entries.items()]
+        return [b"{\n", b",\n".join(packed), b"\n}\n"] if packed else [b"{}\n"]
+
+    def _failed(self, error):
+        self.since_save = {**self._in_save, **self.since_save}
+        self.wanted.set()
+        if self._complaint != describe(error):
+            self._complaint = describe(error)
+            log.error("unable to write status file, %s (it is tried again)", self._complaint)
+
+    def commit(self):
+        """Return when the status as it is now is on the disk, could not be written, or is suspended."""
+        if self.thawed.is_set():
+            saved = self._saved
+            self.changed()
+            self.urgent.set()
+            saved.wait()
+
+    def keep_saving(self):
+        """Write what changed, for ever: no more often than the file's size warrants."""
+        while True:
+            self.wanted.wait()
+            gevent.sleep(self._cost)
+            self.urgent.wait(SAVE_SECONDS + 9 * self._cost)
+            self.thawed.wait()
+            self.save()
+
+    def freeze(self):
+        """Suspended: write once more, then nothing until thaw()."""
+        self.save()
+        self.thawed.clear()
+        self._saved.set()
+
+    def thaw(self):
+        self._saved = gevent.event.Event()
+        self.thawed.set()
+        self.changed()
+
+
+def hidden(path, suffix):
+    """A name beside path that begins with a dot, so that it is never taken for a mail."""
+    directory, name = os.path.split(path)
+    return os.path.join(directory, "." + name.lstrip(".") + suffix)
+
+
+def write_durably(path, chunks):
+    """Replace a file's content so that a crash leaves the old one or the new one, whole. Mode 0600."""
+    temporary = hidden(path, ".new")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(handle, "wb") as file:
+        file.writelines(chunks)
+        file.flush()
+        os.fsync(handle)
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(path))
+
+
+def sync_directory(path):
+    """Make a rename last through a power cut, where directories can be synced."""
+    if os.name == "posix":
+        handle = os.open(path or ".", os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def describe(error):
+    """One line of text for an exception."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f": {os.fspath(error.filename)}" if error.filename else ""
+        return f"{error.strerror}{name}"
+    return str(error) or type(error).__name__
+
+
+# ------------------------------------------------------------------- spool
+
+
+class NotYet(Exception):
+    """Somebody still writes this file."""
+
+
+class NotAMail(Exception):
+    """This name is no regular file; the text says so."""
+
+
+class Locked(Exception):
+    """Another process has the spool; the text says which."""
+
+
+class Mail(NamedTuple):
+    """A file that was claimed: it is open, and nobody writes it."""
+
+    path: str
+    file: object
+    identity: tuple
+    links: int
+
+
+def identity(status):
+    """What tells that a name is still the same file with the same content."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def signature(path):
+    """What changes whenever a file, its content or its permissions do; None when it is gone."""
+    with contextlib.suppress(OSError):
+        status = os.lstat(path)
+        return identity(status) + (status.st_ctime_ns, status.st_mode)
+
+
+def lease_refused(handle):
+    """Whether somebody has the file open for writing; None where the system cannot say (fcntl(2), F_SETLEASE)."""
+    if not hasattr(fcntl, "F_SETLEASE"):
+        return None
+    try:
+        fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(handle, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        return True
+    except OSError:  # not our file, or a file system without leases
+        return None
+    return False
+
+
+def is_being_written(handle, status, now, whole):
+    """Whether a file has to wait; see Spool.claim."""
+    refused = lease_refused(handle)
+    if refused is not None:
+        return refused
+    return abs(now - status.st_mtime) < QUIET_SECONDS if whole is None else not whole
+
+
+class Spool:
+    """The directory: list it, claim a file, remove it or put it aside."""
+
+    def __init__(self, directory, status_path=""):
+        self.directory = os.path.abspath(directory)
+        self.failed = os.path.join(self.directory, ".failed")
+        self.status_path = os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js"))
+        self._lock = None
+
+    def path(self, name):
+        return os.path.join(self.directory, name)
+
+    def is_mail_name(self, name):
+        return not name.startswith(".") and self.path(name) != self.status_path
+
+    def list(self):
+        """The paths of the files and sub-directories. Raises OSError."""
+        prefix = os.path.join(self.directory, "")
+        paths = [prefix + name for name in os.listdir(self.directory) if name[0] != "."]
+        return [path for path in paths if path != self.status_path]
+
+    def mails(self):
+        """The paths of the regular files. Raises OSError."""
+        with os.scandir(self.directory) as entries:
+            return [e.path for e in entries if self.is_mail_name(e.name) and e.is_file(follow_symlinks=False)]
+
+    def lock(self):
+        """Make this process the only one that sends from here. Raises Locked, OSError."""
+        handle = os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        try:
+            if fcntl:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(handle, 32).decode("ascii", "replace").strip()
+            os.close(handle)
+            raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
+        os.ftruncate(handle, 0)
+        os.write(handle, f"{os.getpid()}\n".encode())
+        previous, self._lock = self._lock, handle
+        if previous is not None:
+            os.close(previous)
+
+    def still_locked(self):
+        """Whether the directory is the one that was locked: it may have been removed and made again."""
+        with contextlib.suppress(OSError):
+            here, held = os.stat(self.path(".spoolgore.lock")), os.fstat(self._lock)
+            return (here.st_dev, here.st_ino) == (held.st_dev, held.st_ino)
+        return False
+
+    def claim(self, path, now, whole=None):
+        """Open a file for sending, as a Mail.
+
+        whole: whether its writer was seen to finish it; None when nothing was seen. Where the system can say itself
+        that nobody writes the file, that counts; else whole; else a file that changed in the last second waits.
+        Raises FileNotFoundError, NotYet, NotAMail, or another OSError when it cannot be read.
+        """
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise NotAMail("not a regular file, ignored")
+        careful = [getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")]
+        file = open(os.open(path, os.O_RDONLY | sum(careful)), "rb", buffering=0)
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, whole):
+            file.close()
+            raise NotYet
+        return Mail(path, file, identity(status), status.st_nlink)
+
+    def unchanged(self, mail):
+        """Whether the path still names the file that was claimed, with the same content."""
+        with contextlib.suppress(OSError):
+            return identity(os.lstat(mail.path)) == mail.identity
+        return False
+
+    def names(self, mail):
+        """Every name that the mail's file has in the spool: one mail, however many links it has."""
+        if mail.links == 1:
+            return [mail.path]
+        with os.scandir(self.directory) as entries:
+            same = [e.path for e in entries if e.inode() == mail.identity[1] and self.is_mail_name(e.name)]
+        return [path for path in same if self.unchanged(mail._replace(path=path))]
+
+    def remove(self, mail):
+        """Remove a mail that was delivered. Raises OSError."""
+        for path in self.names(mail):
+            os.unlink(path)
+
+    def failed_path(self, path):
+        return os.path.join(self.failed, os.path.basename(path))
+
+    def put_aside(self, mail):
+        """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
+        os.makedirs(self.failed, 0o700, exist_ok=True)
+        target = self.failed_path(mail.path)
+        numbered = (f"{target}.{number}" for number in itertools.count(1))
+        while os.path.lexists(target):
+            target = next(numbered)
+        os.rename(mail.path, target)
+        for path in self.names(mail):
+            if path != mail.path:
+                os.unlink(path)
+        return target
+
+
+class Watch:
+    """The names that turn up in a directory, by inotify(7). Raises OSError where it is not to be had."""
+
+    CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF = 0x8, 0x80, 0x100, 0x400, 0x800
+    OVERFLOW, IGNORED, ONLYDIR = 0x4000, 0x8000, 0x1000000
+
+    def __init__(self, directory):
+        libc = ctypes.CDLL(None, use_errno=True)
+        if not hasattr(libc, "inotify_init1"):
+            raise OSError(errno.ENOSYS, "no inotify")
+        self.handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        wanted = self.CLOSE_WRITE | self.MOVED_TO | self.CREATE | self.DELETE_SELF | self.MOVE_SELF | self.ONLYDIR
+        if self.handle < 0 or libc.inotify_add_watch(self.handle, os.fsencode(directory), wanted) < 0:
+            self.close()
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+    def wait(self):
+        """The next (mask, name) events, when there are any."""
+        gevent.socket.wait_read(self.handle)
+        data, events = os.read(self.handle, 65536), []
+        while data:
+            _, mask, _, length = struct.unpack_from("iIII", data)
+            events.append((mask, os.fsdecode(data[16 : 16 + length].rstrip(b"\0"))))
+            data = data[16 + length :]
+        return events
+
+    def close(self):
+        if self.handle >= 0:
+            os.close(self.handle)
+
+
+# ------------------------------------------------------------------- relay
+
+
+class Verdict(enum.Enum):
+    """What a transaction did for one recipient."""
+
+    DELIVERED = "delivered"
+    DEFERRED = "deferred"
+    REFUSED = "refused"
+    AGAIN = "again"  # the relay takes no more recipients in this transaction
+
+
+class Outcome(NamedTuple):
+    verdict: Verdict
+    text: str = ""
+
+
+class RelayDown(Exception):
+    """No relay can be used now, which is no fault of any mail; the text says why."""
+
+
+class RelayError(OSError):
+    """The conversation cannot go on."""
+
+
+class LoginRefused(RelayError):
+    """The relay does not accept the user or the password."""
+
+
+class Unanswered(RelayError):
+    """A connection that was used before is gone, and not one reply to this transaction came."""
+
+
+class Reply(NamedTuple):
+    """An SMTP reply (RFC 5321 4.2): its code, and all its lines' text."""
+
+    code: int
+    text: str
+
+    def __str__(self):
+        return f"{self.code} {self.text}"
+
+    @property
+    def ok(self):
+        return 200 <= self.code < 300
+
+    @property
+    def verdict(self):
+        return Verdict.REFUSED if 500 <= self.code < 600 else Verdict.DEFERRED
+
+
+def connect(address, timeout):
+    """A TCP connection to the first of the name's addresses that takes one. Raises OSError."""
+    with limited(timeout, f"{address}: timed out looking up the name"):
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    deadline, failure = time.monotonic() + timeout, None
+    for left, (family, kind, protocol, _, where) in zip(range(len(found), 0, -1), found):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(0.1, (deadline - time.monotonic()) / left))
+            sock.connect(where)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+        except OSError as error:
+            sock.close()
+            failure = error
+    raise failure
+
+
+def limited(seconds, text):
+    """A context that raises RelayError(text) in this greenlet when the time is over."""
+    return gevent.Timeout(seconds, RelayError(text))
+
+
+class Connection(smtplib.SMTP):
+    """One connection to a relay: smtplib opens it (EHLO, STARTTLS, AUTH), transact() uses it.
+
+    Replies are read here, not by smtplib: with a deadline for the whole reply and a limit to its length.
+    """
+
+    def __init__(self, address, timeout, helo=""):
+        super().__init__(local_hostname=helo or "localhost", timeout=timeout)
+        self.address, self._host = address, address.host
+        self.seconds = timeout
+        self.buffer = b""
+        self.broken = False
+        self.uses = 0
+        self.born = self.used = time.monotonic()
+
+    # -- opening
+
+    def dial(self, security):
+        """Connect, greet, encrypt and log in. Raises OSError (RelayError, SMTPException, SSLError among them)."""
+        try:
+            self.sock = connect(self.address, self.seconds)
+            self.local_hostname = security.helo or literal(self.sock)
+            if security.implicit_tls(self.address):
+                self._encrypt(security)
+            self._expect(self.reply())
+            self._greet()
+            if security.wants_starttls(self):
+                self._starttls(security)
+            security.login(self)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    @staticmethod
+    def _expect(reply):
+        if not reply.ok:
+            raise RelayError(str(reply))
+
+    def _greet(self):
+        code, text = self.ehlo()
+        if not 200 <= code < 300 and code != 421:
+            code, text = self.helo()
+        self._expect(Reply(code, readable(text)))
+
+    def _encrypt(self, security):
+        with limited(self.seconds, "timed out in the TLS handshake"):
+            self.sock = security.context.wrap_socket(self.sock, server_hostname=self._host)
+
+    def _starttls(self, security):
+        code, text = self.docmd("STARTTLS")
+        self._expect(Reply(code, readable(text)))
+        self.buffer = b""  # what came before the handshake is not the relay's word
+        self._encrypt(security)
+        self._greet()
+
+    @property
+    def encrypted(self):
+        return isinstance(self.sock, ssl.SSLSocket)
+
+    # -- commands and replies
+
+    def send(self, data):
+        """Write a command or content; the whole of it must be taken within the time limit."""
+        self.sock.settimeout(self.seconds)
+        self.sock.sendall(data.encode("utf-8") if isinstance(data, str) else data)
+
+    def getreply(self):
+        """smtplib's way to ask for reply()."""
+        reply = self.reply()
+        return reply.code, reply.text.encode()
+
+    def reply(self, seconds=None):
+        """The next Reply, whole within the time limit. Raises RelayError, OSError."""
+        deadline = time.monotonic() + (seconds or self.seconds)
+        size, lines, more = 0, [], True
+        while more:
+            line = self._line(deadline)
+            size += len(line)
+            if not re.match(rb"[2-5]\d\d(?:[ -]|$)", line) or size > REPLY_LIMIT:
+                raise RelayError(f"not an SMTP reply: {readable(line[:80])}")
+            lines.append(line[4:])
+            more = line[3:4] == b"-"
+        return Reply(int(line[:3]), readable(b"\n".join(lines)))
+
+    def _line(self, deadline):
+        while b"\n" not in self.buffer:
+            if len(self.buffer) > REPLY_LIMIT:
+                raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
+            self.buffer += self._receive(deadline)
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line.rstrip(b"\r")
+
+    def _receive(self, deadline):
+        self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+        try:
+            data = self.sock.recv(4096)
+        except socket.timeout:
+            raise RelayError("timed out waiting for the relay's reply") from None
+        if not data:
+            raise RelayError("connection closed by the relay")
+        return data
+
+    # -- use and end
+
+    def idle_for(self):
+        return time.monotonic() - self.used
+
+    def usable(self):
+        """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
+        if time.monotonic() - self.born > CONNECTION_SECONDS or self.buffer:
+            return False
+        try:
+            self.sock.settimeout(0)
+            self.sock.recv(1)  # anything at all that comes here is the end: 421, or nothing
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            pass
+        return False
+
+    def transact(self, sender, addresses, message):
+        """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Unanswered."""
+        reused, self.uses = self.uses > 0, self.uses + 1
+        transaction = Transaction(self, sender, addresses, message)
+        try:
+            outcomes = transaction.run()
+        except BaseException:
+            self.broken = True
+            raise
+        if transaction.unanswered and reused:
+            raise Unanswered(transaction.lost)
+        self.used = time.monotonic()
+        return outcomes
+
+    def quit_politely(self):
+        """QUIT, but nothing depends on it."""
+        with contextlib.suppress(OSError, gevent.Timeout), gevent.Timeout(min(5, self.seconds)):
+            if not self.broken:
+                self.send(b"QUIT\r\n")
+                self.reply()
+        self.close()
+
+
+def readable(data):
+    """A relay's bytes as text without control characters, but for the ends of lines."""
+    text = data.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
+
+
+def literal(sock):
+    """The address literal of our end (RFC 5321 4.1.3)."""
+    host = sock.getsockname()[0]
+    return f"[IPv6:{host}]" if ":" in host else f"[{host}]"
+
+
+class Transaction:
+    """One mail on one connection (RFC 5321 3.3): MAIL, RCPT and DATA or BDAT, and their replies.
+
+    With PIPELINING (RFC 2920) they go out in one write; with CHUNKING (RFC 3030) a small mail's content does too.
+    """
+
+    def __init__(self, connection, sender, addresses, message):
+        self.connection, self.message = connection, message
+        self.sender, self.addresses = sender, addresses
+        self.replies = []  # to MAIL, each RCPT, DATA or BDAT
+        self.final = None  # the reply to the content
+        self.lost = ""  # why the connection broke
+        self.complete = False  # the relay may have the whole content
+        self.chunked = connection.has_extn("chunking") and message.whole is not None
+        self.pipelined = connection.has_extn("pipelining")
+
+    def run(self):
+        refusals = self._local_refusals()
+        self.addresses = [address for address in self.addresses if address not in refusals]
+        if self.addresses:
+            try:
+                self._converse()
+            except OSError as error:
+                self.lost, self.connection.broken = describe(error), True
+        return {**refusals, **dict(zip(self.addresses, self._outcomes()))}
+
+    # -- before anything is sent
+
+    def _local_refusals(self):
+        """Outcomes for what this relay cannot take, known from what it offers."""
+        limit = int_or_zero(self.connection.esmtp_features.get("size"))
+        if self.message.size > limit > 0:
+            text = f"552 5.3.4 not sent: {self.message.size} octets are over the relay's limit of {limit}"
+            return dict.fromkeys(self.addresses, Outcome(Verdict.REFUSED, text))
+        problems = {address: self._unspeakable(address) for address in self.addresses}
+        if problem := self._unspeakable(self.sender):
+            problems = dict.fromkeys(self.addresses, f"the sender {problem}")
+        return {
+            address: Outcome(Verdict.REFUSED, f"553 5.6.7 not sent: {why}") for address, why in problems.items() if why
+        }
+
+    def _unspeakable(self, address):
+        try:
+            wire = wire_address(address)
+        except ValueError as error:
+            return f"{address} has an impossible domain: {error}"
+        if wire.isascii() or self.connection.has_extn("smtputf8"):
+            return ""
+        return f"{address} needs SMTPUTF8, which the relay does not offer"
+
+    # -- the conversation
+
+    def _converse(self):
+        commands, opening = self._envelope_commands(), self._opening()
+        if self.pipelined and not (self.chunked and self.connection.idle_for() > FRESH_SECONDS):
+            self._ask([*commands, opening])
+        else:
+            self._ask(commands)
+            if self._accepted():
+                self._ask([opening])
+        self._content()
+        if not (self.final and self.final.ok) and not self.connection.broken:
+            self._reset()
+
+    def _envelope_commands(self):
+        wires = [wire_address(address) for address in self.addresses]
+        extras = self._mail_parameters(all(wire.isascii() for wire in [wire_address(self.sender), *wires]))
+        mail = f"MAIL FROM:<{wire_address(self.sender)}>{extras}\r\n"
+        return [line.encode() for line in [mail, *(f"RCPT TO:<{wire}>\r\n" for wire in wires)]]
+
+    def _mail_parameters(self, ascii_only):
+        offered = self.connection.has_extn
+        size = f" SIZE={self.message.size}" if offered("size") else ""
+        body = " BODY=8BITMIME" if offered("8bitmime") else ""
+        return size + body + ("" if ascii_only else " SMTPUTF8")
+
+    def _opening(self):
+        """What follows the last RCPT: DATA, or BDAT with the content."""
+        if not self.chunked:
+            return b"DATA\r\n"
+        return b"BDAT %d LAST\r\n" % len(self.message.whole) + self.message.whole
+
+    def _ask(self, commands):
+        if self.pipelined:
+            self.complete = self.chunked and len(self.replies) + len(commands) > len(self.addresses) + 1
+            self.connection.send(b"".join(commands))
+        for command in commands:
+            if not self.pipelined:
+                self.complete = command.startswith(b"BDAT")
+                self.connection.send(command)
+            self._read_reply()
+            if self.replies[0].code == 421 or not (self.pipelined or self.replies[0].ok):
+                break
+
+    def _read_reply(self):
+        last_of_chunked = self.chunked and len(self.replies) > len(self.addresses)
+        reply = self.connection.reply(FINAL_REPLY_SECONDS if last_of_chunked else None)
+        self.replies.append(reply)
+        self.connection.broken |= reply.code == 421
+        if last_of_chunked:
+            self.final = reply
+
+    def _accepted(self):
+        """The addresses whose RCPT was accepted."""
+        if not (self.replies and self.replies[0].ok):
+            return []
+        return [address for address, reply in zip(self.addresses, self.replies[1:]) if reply.ok]
+
+    def _content(self):
+        """Behind DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
+        if self.connection.broken or self._data_reply() is None or self._data_reply().code != 354:
+            return
+        if self._accepted():
+            self._send_content()
+        self.complete = bool(self._accepted())
+        self.connection.send(b".\r\n")
+        self.final = self.connection.reply(FINAL_REPLY_SECONDS)
+        self.connection.broken |= self.final.code == 421
+
+    def _send_content(self):
+        try:
+            for chunk in dot_stuffed(self.message.content()):
+                self.connection.send(chunk)
+        except OSError:  # the relay may have said why it stopped listening
+            self.connection.broken = True
+            self.final = self.connection.reply(SAVE_SECONDS)
+            raise
+
+    def _data_reply(self):
+        return self.replies[len(self.addresses) + 1] if len(self.replies) > len(self.addresses) + 1 else None
+
+    def _reset(self):
+        self.connection.send(b"RSET\r\n")
+        self.connection.broken = not self.connection.reply().ok
+
+    # -- what it meant
+
+    @property
+    def unanswered(self):
+        """The relay had gone before this transaction: nothing was answered, or 421 first of all."""
+        gone = self.lost and not self.replies
+        return bool(gone) or bool(self.replies and self.replies[0].code == 421)
+
+    def _outcomes(self):
+        accepted = self._accepted()
+        return [
+            self._outcome(number, address in accepted, bool(accepted)) for number, address in enumerate(self.addresses)
+        ]
+
+    def _outcome(self, number, accepted, others_accepted):
+        mail = self.replies[0] if self.replies else None
+        rcpt = self.replies[number + 1] if len(self.replies) > number + 1 else None
+        if mail and not mail.ok:
+            return Outcome(mail.verdict, str(mail))
+        if rcpt and not rcpt.ok:
+            return Outcome(Verdict.AGAIN if others_accepted and too_many(rcpt) else rcpt.verdict, str(rcpt))
+        return self._content_outcome()
+
+    def _content_outcome(self):
+        data = self._data_reply()
+        if self.final:
+            return Outcome(
+                Verdict.DELIVERED if self.final.ok and self.complete else self.final.verdict, str(self.final)
+            )
+        if data and data.code != 354:
+            return Outcome(data.verdict, str(data))
+        maybe = " (no reply to the content: the mail may have arrived)" if self.complete else ""
+        return Outcome(Verdict.DEFERRED, f"{self.lost or 'no reply'}{maybe}")
+
+
+def too_many(reply):
+    """Whether a RCPT reply says that the transaction has enough recipients (RFC 5321 4.5.3.1.10)."""
+    enhanced = re.match(r"[45]\.\d+\.\d+", reply.text)
+    return reply.code in (452, 552) and (not enhanced or enhanced[0][1:] == ".5.3")
+
+
+def int_or_zero(text):
+    return int(text) if str(text or "").isdecimal() else 0
+
+
+class Security:
+    """How connections are encrypted and logged in. Raises UsageError for a file that is no good."""
+
+    def __init__(self, options, environ):
+        self.mode, self.auth = options.tls, options.smtpauth
+        self.user = options.smtpuser or options.smtpmd5user
+        self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
+        self._password = given_password(options, environ, self.cram_only)
+        self._command, self._output = options.smtppasswordcommand, None
+        self._seconds = options.timeout
+        self._helo = options.helo
+        self.context = tls_context(options)
+
+    @property
+    def helo(self):
+        """The name for EHLO, looked up at the first connection; empty when this machine has no full one."""
+        if not self._helo:
+            name = socket.getfqdn()
+            self._helo = name if "." in name and not name.startswith("localhost") else " "
+        return self._helo.strip()
+
+    def implicit_tls(self, address):
+        return self.mode == "smtps" or (self.mode == "auto" and address.port == 465)
+
+    def wants_starttls(self, connection):
+        offered = connection.has_extn("starttls")
+        if connection.encrypted or self.mode == "off":
+            return False
+        if self.mode == "starttls" and not offered:
+            raise RelayError("the relay does not offer STARTTLS")
+        return offered
+
+    # -- login
+
+    def login(self, connection):
+        """AUTH (RFC 4954), if there is a user. Raises LoginRefused, RelayError."""
+        if self.user:
+            mechanism = self._mechanism(connection)
+            check_secrecy(mechanism, connection)
+            self._authenticate(connection, mechanism)
+
+    def _mechanism(self, connection):
+        offered = (connection.esmtp_features.get("auth") or "").lower().replace("=", " ").split()
+        wanted = [self.auth] if self.auth else ["cram-md5"] if self.cram_only else ["plain", "login"]
+        for mechanism in wanted:
+            if mechanism in offered:
+                return mechanism
+        raise RelayError(
+            f"the relay does not offer AUTH {' or '.join(wanted).upper()} (it offers {' '.join(offered) or 'none'})"
+        )
+
+    def _authenticate(self, connection, mechanism):
+        fresh = self._output is None
+        try:
+            authenticate(connection, mechanism, self.user, self.password())
+        except LoginRefused:
+            self._output = None
+            if not self._command or fresh:
+                raise
+            authenticate(connection, mechanism, self.user, self.password())
+
+    def password(self):
+        """The password or token; the command is asked at the first login, and after one that was refused."""
+        if self._password or not self._command:
+            return self._password
+        if self._output is None:
+            self._output = first_line_of(self._command, self._seconds)
+        return self._output
+
+
+def given_password(options, environ, cram):
+    """The password by flag, or else by the environment."""
+    if cram:
+        return options.smtpmd5password or environ.get("SPOOLGORE_SMTPMD5PASSWORD", "")
+    return options.smtppassword or environ.get("SPOOLGORE_SMTPPASSWORD", "")
+
+
+def first_line_of(command, seconds):
+    """The first line that a shell command prints. Raises RelayError; its output is never part of the text."""
+    try:
+        done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise RelayError(f"the password command took longer than {seconds} s") from None
+    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    if done.returncode or not lines:
+        raise RelayError(f"the password command failed: exit status {done.returncode}, {len(lines)} lines")
+    return lines[0]
+
+
+def tls_context(options):
+    """What verifies relays: chain and name, TLS 1.2 at least."""
+    flag, path = "tlsca", options.tlsca
+    try:
+        context = ssl.create_default_context(cafile=options.tlsca or None)
+        flag, path = "tlscert", options.tlscert
+        if options.tlscert:
+            context.load_cert_chain(options.tlscert)
+    except OSError as error:
+        raise bad_value(flag, path, error.strerror or str(error)) from None
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+def check_secrecy(mechanism, connection):
+    """A password goes over TLS, or to this machine, or not at all."""
+    near = connection.address.host in ("localhost", "127.0.0.1", "::1")
+    if mechanism != "cram-md5" and not connection.encrypted and not near:
+        raise RelayError("unencrypted connection")
+
+
+def authenticate(connection, mechanism, user, password):
+    """One AUTH exchange. Raises LoginRefused for a 5xx reply, RelayError for another."""
+    step = 0
+    words = ["AUTH", mechanism.upper()]
+    if mechanism in ("plain", "xoauth2"):
+        words.append(encoded(auth_response(mechanism, user, password, b"", step)))
+        step = 1
+    code, text = connection.docmd(" ".join(words))
+    while code == 334 and step < 3:
+        code, text = connection.docmd(encoded(auth_response(mechanism, user, password, decoded(text), step)))
+        step += 1
+    if code != 235:
+        fault = LoginRefused if code >= 500 else RelayError
+        raise fault(redacted(str(Reply(code, readable(text))), user, password))
+
+
+def auth_response(mechanism, user, password, challenge, step):
+    """The answer to a challenge: RFC 4616 (PLAIN), RFC 2195 (CRAM-MD5), LOGIN, and Google's XOAUTH2."""
+    if mechanism == "plain":
+        return f"\0{user}\0{password}"
+    if mechanism == "login":
+        return (user, password)[min(step, 1)]
+    if mechanism == "cram-md5":
+        return f"{user} {hmac.new(password.encode(), challenge, 'md5').hexdigest()}"
+    return "" if step else f"user={user}\1auth=Bearer {password}\1\1"
+
+
+def encoded(text):
+    return base64.b64encode(text.encode()).decode()
+
+
+def decoded(challenge):
+    try:
+        return base64.b64decode(challenge)
+    except ValueError:
+        return b""
+
+
+def redacted(text, user, password):
+    """A relay's reply without the secrets that it may repeat."""
+    secrets = [password, encoded(password), encoded(f"\0{user}\0{password}")]
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
+    return text
+
+
+class Relay:
+    """One relay and the connections to it: dials, keeps and reuses them, and knows when it is down.
+
+    dial: a function that returns an open Connection or raises OSError. limit: the most connections.
+    on_up: called when the relay answers again.
+    """
+
+    def __init__(self, name, dial, limit, on_up=lambda: None):
+        self.name, self.on_up = name, on_up
+        self._dial = dial
+        self.idle = []  # the most recently used last
+        self.established = 0  # idle or in use
+        self.dialling = 0
+        self.limit = self.cap = limit
+        self._capped = 0.0
+        self.down = ""  # why it cannot be used
+        self._waiting = deque()  # an Event for each greenlet that wants a connection
+        self._probe_now = gevent.event.Event()
+        self._background = gevent.pool.Group()  # probing, reaping
+        self._goodbyes = gevent.pool.Group()
+        self._reaping = False
+
+    def send(self, sender, addresses, message):
+        """One transaction; returns a dict from address to Outcome. Raises RelayDown when there is no connection."""
+        while True:
+            connection = self._acquire()
+            try:
+                return connection.transact(sender, addresses, message)
+            except Unanswered:
+                continue  # it died while idle, which is nobody's fault
+            finally:
+                self._release(connection)
+
+    def poke(self):
+        """If the relay is down, try it now."""
+        self._probe_now.set()
+
+    def close(self):
+        """QUIT all that is idle."""
+        self._background.kill()
+        while self.idle:
+            self._discard(self.idle.pop())
+        self._goodbyes.join(timeout=2)
+
+    # -- connections
+
+    def _acquire(self):
+        while not self.down:
+            if connection := self._take_idle():
+                return connection
+            if self._may_dial():
+                if connection := self._dial_one():
+                    return connection
+            else:
+                self._wait()
+        raise RelayDown(self.down)
+
+    def _take_idle(self):
+        while self.idle:
+            connection = self.idle.pop()
+            if connection.usable():
+                return connection
+            self._discard(connection)
+        return None
+
+    def _may_dial(self):
+        """One dial at first, then as many at once as there are connections: a relay that is away is not stormed."""
+        if self.cap < self.limit and time.monotonic() - self._capped > CAP_SECONDS:
+            self.cap, self._capped = self.cap + max(1, self.cap // 2), time.monotonic()
+        return self.dialling < max(1, self.established) and self.established + self.dialling < min(self.cap, self.limit)
+
+    def _dial_one(self):
+        self.dialling += 1
+        try:
+            connection = self._dial()
+        except OSError as error:
+            return self._dial_failed(error)
+        finally:
+            self.dialling -= 1
+            self._wake(1)
+        self.established += 1
+        self._wake(2)
+        return connection
+
+    def _dial_failed(self, error):
+        """With other connections up the relay has enough of us; with none it is down."""
+        if self.established:
+            self.cap, self._capped = self.established, time.monotonic()
+        elif not self.down:
+            self._go_down(error)
+
+    def _wait(self):
+        turn = gevent.event.Event()
+        self._waiting.append(turn)
+        turn.wait()
+
+    def _wake(self, count):
+        for _ in range(min(count, len(self._waiting))):
+            self._waiting.popleft().set()
+
+    def _release(self, connection):
+        if connection.broken:
+            self._discard(connection)
+        else:
+            self.idle.append(connection)
+            self._wake(1)
+            if not self._reaping:
+                self._reaping = True
+                self._background.spawn(self._reap)
+
+    def _discard(self, connection):
+        self.established -= 1
+        self._wake(1)
+        if connection.broken:
+            connection.close()
+        else:
+            self._goodbyes.spawn(connection.quit_politely)
+
+    def _reap(self):
+        """Close what has been idle for long; ends when nothing is idle."""
+        while self.idle:
+            gevent.sleep(max(0.05, IDLE_SECONDS - self.idle[0].idle_for()))
+            while self.idle and self.idle[0].idle_for() >= IDLE_SECONDS:
+                self._discard(self.idle.pop(0))
+        self._reaping = False
+
+    # -- down and up
+
+    def _go_down(self, error):
+        self._say_down(error)
+        self._wake(len(self._waiting))
+        self._background.spawn(self._probe, isinstance(error, LoginRefused))
+
+    def _say_down(self, error):
+        text = f"{self.name}: {describe(error)}"
+        if text != self.down:
+            self.down = text
+            log.error("relay unavailable, %s", self.down)
+
+    def _probe(self, login_refused):
+        """Dial now and then until the relay answers."""
+        failures = 0
+        while self.down:
+            self._probe_now.clear()
+            self._probe_now.wait(probe_delay(failures, login_refused))
+            failures += 1
+            try:
+                self._came_up(self._dial())
+            except OSError as error:
+                login_refused = isinstance(error, LoginRefused)
+                self._say_down(error)
+
+    def _came_up(self, connection):
+        log.info("relay available again, %s", self.name)
+        self.down = ""
+        self.established += 1
+        self._release(connection)
+        self.on_up()
+
+
+def probe_delay(failures, login_refused):
+    """Seconds until the next dial: 1, 2, 4 and so on; slower where each dial is a failed login."""
+    if login_refused:
+        return min(LOGIN_PROBE_SECONDS, 60 * 2 ** min(failures, 10))
+    return min(PROBE_SECONDS, 2 ** min(failures, 10))
+
+
+class Relays:
+    """Several relays in order of preference: the first that is not down is used."""
+
+    def __init__(self, relays):
+        self.relays = relays
+
+    @property
+    def down(self):
+        """Why no relay can be used; empty when one can."""
+        reasons = [relay.down for relay in self.relays]
+        return "; ".join(reasons) if all(reasons) else ""
+
+    def send(self, sender, addresses, message):
+        for relay in self.relays:
+            with contextlib.suppress(RelayDown):
+                return relay.send(sender, addresses, message)
+        raise RelayDown(self.down or "the relays are unavailable")
+
+    def poke(self):
+        for relay in self.relays:
+            relay.poke()
+
+    def close(self):
+        for relay in self.relays:
+            relay.close()
+
+
+class Printer:
+    """The relay that prints: every mail's envelope and content go to a binary stream."""
+
+    down = ""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def send(self, sender, addresses, message):
+        lines = [f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{address}>" for address in addresses), ""]
+        text = b"".join([*(f"{line}\n".encode() for line in lines), *message.content()])
+        try:
+            self.stream.write(text.replace(b"\r\n", b"\n") + b"\n")
+            self.stream.flush()
+        except OSError as error:
+            return dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, describe(error)))
+        return dict.fromkeys(addresses, Outcome(Verdict.DELIVERED))
+
+    def poke(self):
+        """It is always up."""
+
+    def close(self):
+        """Nothing is kept open."""
+
+
+def make_relay(options, environ, stream, on_up):
+    """The relay that the command line asks for. Raises UsageError."""
+    if not options.smtpaddr:
+        return Printer(stream)
+    security = Security(options, environ)
+
+    def relay(address):
+        def dial():
+            return Connection(address, options.timeout).dial(security)
+
+        return Relay(str(address), dial, options.concurrency, on_up)
+
+    return Relays([relay(address) for address in options.smtpaddr])
+
+
+# -------------------------------------------------------------------- rate
+
+
+class Rate:
+    """How many recipients may go out: exactly, in every window. Pure: now is passed in, in seconds.
+
+    A recipient counts from the moment its transaction begins until a window's length after its end, since it went
+    out at some moment between the two. limits: (recipients, seconds) pairs.
+    """
+
+    def __init__(self, limits):
+        self.windows = [Window(count, seconds) for count, seconds in limits]
+        self.in_flight = 0
+        self.most = min((count for count, _ in limits), default=RECIPIENTS_PER_TRANSACTION)
+
+    def room(self, now):
+        """How many recipients may begin now."""
+        return min((window.room(now) for window in self.windows), default=self.most) - self.in_flight
+
+    def wait(self, wanted, now):
+        """Seconds until so many may begin; 0 when they may, None when that depends on what is in flight."""
+        waits = [window.wait(wanted + self.in_flight, now) for window in self.windows]
+        return None if None in waits else max(waits, default=0)
+
+    def begin(self, count):
+        self.in_flight += count
+
+    def cancel(self, count):
+        """They did not go out."""
+        self.in_flight -= count
+
+    def end(self, count, now):
+        self.in_flight -= count
+        self.add(count, now)
+
+    def add(self, count, now):
+        for window in self.windows:
+            window.add(count, now)
+
+
+class Window:
+    """One limit: at most count recipients in any period of so many seconds."""
+
+    def __init__(self, count, seconds):
+        self.count, self.seconds = count, seconds
+        self.ends = deque()  # of [first, last, recipients]; those close to each other count as if at the last moment
+        self.used = 0
+
+    def room(self, now):
+        while self.ends and self.ends[0][1] + self.seconds < now:
+            self.used -= self.ends.popleft()[2]
+        return self.count - self.used
+
+    def wait(self, wanted, now):
+        """Seconds until there is room; None when there never is."""
+        missing = wanted - self.room(now)
+        if missing <= 0:
+            return 0
+        for _, last, recipients in self.ends:
+            missing -= recipients
+            if missing <= 0:
+                return last + self.seconds - now + 0.001  # only after the window's last moment
+        return None
+
+    def add(self, recipients, now):
+        self.used += recipients
+        if self.ends and now - self.ends[-1][0] < self.seconds / 5000:
+            self.ends[-1][1:] = [max(now, self.ends[-1][1]), self.ends[-1][2] + recipients]
+        else:
+            self.ends.append([now, now, recipients])
+
+
+class Turnstile:
+    """Rate with a memory on the disk, so that a restart, whatever the reason for it, forgets nothing.
+
+    Each line of the file is ``+N`` (so many begin; on the disk before they do), ``-N TIME`` (they ended) or ``-N 0``
+    (they did not go out). What began and has no end went out when the process died, at the latest now.
+    """
+
+    def __init__(self, limits, path, clock):
+        self.rate, self.path, self.clock = Rate(limits), path, clock
+        self._file, self._lines = None, 0
+        self._complaint = ""
+        if limits:
+            self._load()
+
+    def room(self):
+        return self.rate.room(self.clock())
+
+    def wait(self, wanted):
+        return self.rate.wait(wanted, self.clock()) if self.rate.windows else 0
+
+    def begin(self, count):
+        self.rate.begin(count)
+        self._write(f"+{count}\n", durable=True)
+
+    def end(self, count, went_out=True):
+        now = self.clock()
+        if went_out:
+            self.rate.end(count, now)
+        else:
+            self.rate.cancel(count)
+        self._write(f"-{count} {now if went_out else 0:.6f}\n")
+
+    def _load(self):
+        """Read the file, and write it anew with what still counts."""
+        now, unended, lines = self.clock(), 0, []
+        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
+            lines = file.readlines()
+        for count, end in filter(None, map(turnstile_line, lines)):
+            unended += count if end is None else -count
+            if end:
+                self.rate.add(count, min(end, now))
+        if unended > 0:
+            self.rate.add(unended, now)
+        self.rate.room(now)
+        self._write("")
+
+    def _rewrite(self):
+        longest = max(self.rate.windows, key=lambda window: window.seconds)
+        lines = [f"+{count}\n-{count} {last:.6f}\n" for _, last, count in longest.ends]
+        lines += [f"+{self.rate.in_flight}\n"] if self.rate.in_flight else []
+        write_durably(self.path, [line.encode() for line in lines])
+        self._file, self._lines = open(self.path, "ab", buffering=0), len(lines)
+
+    def _write(self, line, durable=False):
+        if not self.rate.windows:
+            return
+        try:
+            if self._file is None or self._lines > 50_000:
+                self._rewrite()  # which has this line's news already
+            else:
+                self._append(line, durable)
+            self._complaint = ""
+        except OSError as error:
+            self._failed(error)
+
+    def _append(self, line, durable):
+        file, self._lines = self._file, self._lines + 1
+        file.write(line.encode())
+        if durable:
+            gevent.get_hub().threadpool.apply(sync, (file,))
+
+    def _failed(self, error):
+        self._file = None  # written anew next time: half a line may stand at its end
+        if self._complaint != describe(error):
+            self._complaint = describe(error)
+            log.error("unable to write %s, %s: -rate may not hold across a restart", self.path, self._complaint)
+
+
+def sync(file):
+    os.fsync(file.fileno())
+
+
+def turnstile_line(line):
+    """(count, end) of a line; end is None for a begin; None for a line that a crash cut short."""
+    match = re.fullmatch(r"\+(\d+)\n|-(\d+) (\d+\.\d+)\n", line)
+    if not match:
+        return None
+    return (int(match[1]), None) if match[1] else (int(match[2]), float(match[3]))
+
+
+def steady_clock():
+    """A clock that agrees with the wall's now, and then never jumps."""
+    offset = time.time() - time.monotonic()
+    return lambda: time.monotonic() + offset
+
+
+# ----------------------------------------------------------------- spooler
+
+
+class OutOfTurn(Exception):
+    """-rate has no room for this mail's transaction yet."""
+
+
+class Spooler:
+    """Owns the queue: scan, pick up, deliver, settle. All times are seconds since 1970, from clock().
+
+    A path that is known is in one place: in line (fresh, retries, ahead) or in flight (then it is in busy too), or it
+    rests until a time (resting), until the relay is up (held), or until its file changes (stuck).
+    """
+
+    def __init__(self, options, spool, status, relay, turnstile, clock=time.time):
+        self.options, self.spool, self.status = options, spool, status
+        self.relay, self.turnstile, self.clock = relay, turnstile, clock
+        self.pool = gevent.pool.Pool(options.concurrency)
+        self.wake = gevent.event.Event()
+        self.fresh, self.retries = deque(), deque()  # paths that may go now
+        self.ahead = deque()  # what goes before them: its turn came, but -rate had too little room
+        self.old_first = False
+        self.busy = set()
+        self.resting, self.times = {}, []  # path -> when it is due; a heap of (when, path), some of them outdated
+        self.held = []
+        self.stuck = {}  # path -> signature of a file that cannot be sent as it is
+        self.forced = set()  # flushed: due whatever the status says
+        self.whole = {}  # path -> whether its writer was seen to finish it
+        self.owners = {}  # inode -> the name that counts, of files with several
+        self.said = {}  # what was complained about -> the text
+        self.need = 1  # recipients of the mail whose turn it is, under -rate
+        self.deciding = ""  # the mail that was taken up and has not begun, under -rate
+        self.next_scan = 0.0
+        self.once_until = clock() + 5 * QUIET_SECONDS  # -once waits for files that are being written, but not for ever
+        self.sent = 0
+        self.watch = None
+        self.suspended = self.stopping = False
+        self.wanted = {"suspend": False, "reload": False, "flush": False}
+
+    # -- the loop
+
+    def run(self):
+        """Send until told to stop; with -once, until nothing is due. Returns the exit status."""
+        saver = gevent.spawn(self.status.keep_saving)
+        self.open_watch()
+        self.queue_again()
+        while not self.finished():
+            self.act_on_signals()
+            self.step()
+            self.wake.wait(self.idle_seconds())
+            self.wake.clear()
+        self.stop()
+        saver.kill()
+        return EX_TEMPFAIL if self.options.once and self.remains() else EX_OK
+
+    def step(self):
+        """One round: look, take up what is due."""
+        if self.suspended or self.stopping:
+            return
+        if self.clock() >= self.next_scan:
+            self.scan()
+        self.release_due()
+        self.dispatch()
+
+    def finished(self):
+        if self.stopping:
+            return True
+        if not self.options.once or not self.next_scan or self.suspended or any(self.wanted.values()):
+            return False
+        return not (self.pool or self.turn_is_near() or self.is_due_before(self.once_until))
+
+    def in_line(self):
+        return len(self.ahead) + len(self.fresh) + len(self.retries)
+
+    def turn_is_near(self):
+        """Whether something is in line that goes within a minute."""
+        if not self.in_line():
+            return False
+        wait = self.turnstile.wait(self.need)
+        return wait is None or wait < 60
+
+    def is_due_before(self, moment):
+        return bool(self.times) and self.times[0][0] < moment
+
+    def idle_seconds(self):
+        """How long nothing needs doing; None: until something happens."""
+        if self.suspended:
+            return None
+        now = self.clock()
+        moments = [] if self.options.once else [self.next_scan - now]
+        if self.times:
+            moments.append(self.times[0][0] - now)
+        if self.in_line() and (turn := self.turnstile.wait(self.need)):
+            moments.append(turn)
+        return max(0.0, min(moments)) if moments else None
+
+    def stop(self):
+        """What is in flight may finish; then the status is saved."""
+        if not self.pool.join(timeout=STOP_SECONDS):
+            self.pool.kill()
+        if self.watch:
+            self.watch.close()
+        self.status.save()
+        self.relay.close()
+        log.info("stopped (%d messages in the queue)", self.queued())
+
+    def remains(self):
+        try:
+            return bool(self.spool.mails())
+        except OSError:
+            return True
+
+    def queued(self):
+        return self.in_line() + len(self.pool) + len(self.resting) + len(self.held)
+
+    # -- signals: the handlers set a flag, the loop acts
+
+    def ask(self, what):
+        self.wanted[what] = True
+        self.wake.set()
+
+    def ask_to_stop(self):
+        if self.stopping:
+            os._exit(EX_ERROR)
+        self.stopping = True
+        self.wake.set()
+
+    def act_on_signals(self):
+        wanted, self.wanted = self.wanted, dict.fromkeys(self.wanted, False)
+        for what in [what for what, asked in wanted.items() if asked]:
+            getattr(self, what)()
+
+    def suspend(self):
+        self.suspended = True
+        self.status.freeze()
+        log.info("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
+
+    def resume(self):
+        self.suspended = False
+        self.status.thaw()
+        self.next_scan = 0.0
+        self.relay.poke()
+
+    def reload(self):
+        try:
+            self.status.reload()
+            log.info("status reloaded")
+        except CorruptStatus as error:
+            set_aside(self.status, error, self.clock())
+        self.queue_again()
+        self.resume()
+
+    def flush(self):
+        self.queue_again()
+        self.forced = {*self.resting, *self.fresh, *self.retries}
+        self.resting, self.times = dict.fromkeys(self.resting, 0.0), [(0.0, path) for path in self.resting]
+        log.info("spool directory flushed (%d messages in the queue)", self.queued())
+        self.resume()
+
+    def queue_again(self):
+        """Look anew at everything that rests."""
+        self.held.clear()
+        self.stuck.clear()
+        self.resting = {path: self.due_at(path) for path in self.status.entries if self.rests(path)}
+        self.times = sorted((when, path) for path, when in self.resting.items())
+
+    def rests(self, path):
+        return path not in self.busy and os.path.dirname(path) == self.spool.directory
+
+    def due_at(self, path):
+        envelope = self.status.peek(path)
+        return 0.0 if envelope_problem(envelope) else next_attempt(envelope)
+
+    def relay_is_up(self):
+        """What waited for the relay goes at once."""
+        held, self.held = self.held, []
+        for path in held:
+            self.enqueue(path, self.retries)
+        self.wake.set()
+
+    # -- what is there
+
+    def open_watch(self):
+        """New names without a listing; where that cannot be had, the scan finds them."""
+        if self.watch:
+            self.watch.close()
+        try:
+            self.watch = Watch(self.spool.directory)
+        except (OSError, AttributeError, TypeError) as error:
+            self.watch = None
+            self.say("watch", f"no inotify ({describe(error)}): new mails are seen every {self.options.freq} s")
+        else:
+            gevent.spawn(self.keep_watching, self.watch)
+
+    def keep_watching(self, watch):
+        while watch is self.watch:
+            try:
+                events = watch.wait()
+            except (OSError, ValueError):
+                return
+            for mask, name in events:
+                self.noticed(watch, mask, name)
+            self.wake.set()
+
+    def noticed(self, watch, mask, name):
+        path = self.spool.path(name)
+        if mask & (watch.OVERFLOW | watch.DELETE_SELF | watch.MOVE_SELF | watch.IGNORED):
+            self.next_scan = 0.0
+            self.whole.clear()
+        elif self.spool.is_mail_name(name):
+            self.whole[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.whole_at_birth(path)
+            if self.is_new(path) or (self.whole[path] and path in self.resting and path not in self.status):
+                self.enqueue(path, self.fresh)
+
+    @staticmethod
+    def whole_at_birth(path):
+        """A name that turns up is open in its writer's hands, unless it is another link to what was there before."""
+        with contextlib.suppress(OSError):
+            status = os.lstat(path)
+            return None if status.st_nlink > 1 or status.st_ctime_ns != status.st_mtime_ns else False
+        return None
+
+    def is_new(self, path):
+        if path in self.busy or path in self.resting:
+            return False
+        if path in self.stuck:
+            return self.stuck[path] != signature(path)
+        return path not in self.status
+
+    def enqueue(self, path, queue):
+        if path not in self.busy:
+            self.busy.add(path)
+            self.resting.pop(path, None)
+            queue.append(path)
+
+    def scan(self):
+        started = time.monotonic()
+        try:
+            paths = self.spool.list()
+            if not self.spool.still_locked():
+                self.reopen()
+            self.take_stock(paths)
+            self.unsay("scan", "spool directory is accessible again")
+        except (OSError, Locked) as error:
+            self.say("scan", f"unable to access spool directory, {describe(error)}")
+        pause = max(self.options.freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
+        self.next_scan = self.clock() + pause
+
+    def take_stock(self, paths):
+        """Queue what is new, oldest first; forget what is gone."""
+        for path in sorted(filter(self.is_new, paths), key=age_key):
+            self.enqueue(path, self.fresh)
+        present = set(paths)
+        for path in [path for path in self.status.entries if path not in present and path not in self.busy]:
+            if not os.path.lexists(path):
+                self.gone(path)
+        self.stuck = {path: seen for path, seen in self.stuck.items() if path in present}
+        self.whole = {path: whole for path, whole in self.whole.items() if path in present}
+
+    def reopen(self):
+        """The directory is another one than before: removed and made again, or mounted. Its status file counts."""
+        self.spool.lock()
+        self.open_watch()
+        self.status.entries = {path: entry for path, entry in self.status.entries.items() if path in self.busy}
+        load_status(self.status, self.clock(), reload=True)
+        self.queue_again()
+        log.info("spool directory %s was made again", self.spool.directory)
+
+    def gone(self, path):
+        """The file is not there: somebody removed it, or it was put aside just before a crash."""
+        for known in (self.stuck, self.whole, self.resting):
+            known.pop(path, None)
+        if path not in self.status:
+            return
+        envelope, aside = self.status.peek(path), self.spool.failed_path(path)
+        failed = not envelope_problem(envelope) and is_settled(envelope) and has_failed(envelope)
+        if failed and path != aside and os.path.lexists(aside) and aside not in self.status:
+            self.status.rename(path, aside)
+        elif not self.is_back(path):
+            self.status.drop(path)
+
+    def is_back(self, path):
+        """Whether this entry's file was moved from .failed into the spool again."""
+        back = self.spool.path(os.path.basename(path))
+        return os.path.dirname(path) == self.spool.failed and back not in self.status and os.path.lexists(back)
+
+    # -- what is due
+
+    def release_due(self):
+        now = self.clock()
+        while self.is_due_before(now):
+            when, path = heapq.heappop(self.times)
+            if self.resting.get(path) == when:
+                self.enqueue(path, self.retries)
+
+    def dispatch(self):
+        """A greenlet for each mail that may go."""
+        under_rate = bool(self.options.rate)
+        while self.in_line() and not self.pool.full() and not self.deciding:
+            if under_rate and self.turnstile.room() < self.need:
+                break
+            path = self.next_path()
+            self.deciding = path if under_rate else ""
+            self.pool.spawn(self.handle, path).rawlink(self.has_ended)
+
+    def has_ended(self, _greenlet):
+        """Called when the pool has its slot back."""
+        self.wake.set()
+
+    def next_path(self):
+        """New mails and old ones in turn, so that neither waits behind all of the other."""
+        self.old_first = not self.old_first
+        old_or_new = (self.retries or self.fresh) if self.old_first else (self.fresh or self.retries)
+        return (self.ahead or old_or_new).popleft()
+
+    def later(self, path, when):
+        self.resting[path] = when
+        heapq.heappush(self.times, (when, path))
+        self.wake.set()
+
+    # -- one mail
+
+    def handle(self, path):
+        """The greenlet of one mail: whatever happens to it stops nobody else."""
+        try:
+            self.pick_up(path)
+        except OutOfTurn:
+            self.ahead.append(path)
+        except Exception:  # noqa: BLE001
+            log.exception("%s unexpected error, it is tried again in a minute", path)
+            self.later(path, self.clock() + retry_delay(1))
+        finally:
+            self.status.rest(path)
+            if path not in self.ahead:
+                self.busy.discard(path)
+            self.decided(path)
+
+    def decided(self, path):
+        """Under -rate: this mail has its turn or has none, and the next one may be taken up."""
+        if self.deciding == path:
+            self.deciding = ""
+            self.wake.set()
+
+    def pick_up(self, path):
+        """Open a mail's file and deliver it, or see to it that it comes again."""
+        seen = signature(path)
+        try:
+            mail = self.spool.claim(path, self.clock(), self.whole.get(path))
+        except FileNotFoundError:
+            self.gone(path)
+        except NotYet:
+            self.later(path, self.clock() + QUIET_SECONDS)
+        except NotAMail as error:
+            self.ignore(path, seen, "" if os.path.isdir(path) and not os.path.islink(path) else str(error))
+        except OSError as error:
+            self.hold(path, seen, f"unable to read mail file, {error.strerror}")
+        else:
+            with mail.file:
+                self.whole.pop(path, None)
+                self.open_mail(mail, seen)
+
+    def ignore(self, path, seen, reason):
+        """Leave this file alone until it changes."""
+        self.stuck[path] = seen
+        if reason:
+            log.error("%s %s", path, reason)
+
+    def hold(self, path, seen, reason):
+        """The mail stays where it is, and its entry says why."""
+        self.ignore(path, seen, reason)
+        envelope = self.status.take(path) if path in self.status else new_envelope(None, self.clock())
+        if isinstance(envelope, dict):
+            self.status.put(path, unusable(envelope, reason))
+
+    def open_mail(self, mail, seen):
+        """Read the message, find its envelope, deliver."""
+        if not self.owns(mail):
+            return self.later(mail.path, self.clock() + max(1, self.options.freq))
+        try:
+            message = Message(mail.file)
+        except BadMessage as error:
+            return self.hold(mail.path, seen, f"unable to parse mail file, {error}")
+        except OSError as error:
+            return self.hold(mail.path, seen, f"unable to read mail file, {error.strerror}")
+        try:
+            envelope = self.envelope_of(mail.path, message)
+        except CorruptStatus as error:
+            return self.ignore(mail.path, seen, f"is held, its entry in the status file is malformed: {error}")
+        if not recipients(envelope):
+            return self.hold(mail.path, seen, "has no recipients")
+        return self.deliver(mail, message, envelope)
+
+    def owns(self, mail):
+        """Whether this name of the file is the one that counts: two names of one file are one mail."""
+        if mail.links == 1:
+            return True
+        inode = mail.identity[:2]
+        owner = self.owners.get(inode)
+        if owner is None or not os.path.lexists(owner):
+            owner = next((name for name in self.spool.names(mail) if name in self.status), mail.path)
+            self.owners[inode] = owner
+        return owner == mail.path
+
+    def envelope_of(self, path, message):
+        """The mail's entry: its own, the one it had when it was given up, or a new one. Raises CorruptStatus."""
+        now, aside = self.clock(), self.spool.failed_path(path)
+        is_back = path not in self.status and aside in self.status and not os.path.lexists(aside)
+        if is_back:
+            self.status.rename(aside, path)
+        if path not in self.status:
+            self.status.put(path, new_envelope(message, now))
+        if problem := envelope_problem(self.status.peek(path)):
+            raise CorruptStatus(problem)
+        envelope = self.status.take(path)
+        if is_back:
+            requeue(envelope, now)
+        renew(envelope, message, now)
+        return envelope
+
+    def deliver(self, mail, message, envelope):
+        """Every recipient that is due; then see what became of the mail."""
+        forced, now = mail.path in self.forced, self.clock()
+        self.forced.discard(mail.path)
+        due = deque(r for r in recipients(envelope) if is_due(r, now) or (forced and state(r) == WAITING))
+        try:
+            self.transact_all(mail, message, envelope, due)
+        except RelayDown:
+            self.settle(mail, envelope, relay_down=True)
+        except OutOfTurn:
+            if forced:
+                self.forced.add(mail.path)
+            self.status.commit_deliveries(mail.path)
+            raise
+        else:
+            self.settle(mail, envelope)
+
+    # -- transactions
+
+    def transact_all(self, mail, message, envelope, due):
+        """Transactions until nobody is due. Raises RelayDown, OutOfTurn."""
+        while due and not (self.suspended or self.stopping):
+            if batch := self.next_batch(mail.path, due):
+                due.extendleft(reversed(self.transact(mail.path, message, batch)))
+            if due:
+                self.status.commit_deliveries(mail.path)
+
+    def next_batch(self, path, due):
+        """The next recipients for one transaction; those whose address is no good are given up at once."""
+        batch, most = [], min(RECIPIENTS_PER_TRANSACTION, self.turnstile.rate.most)
+        while due and len(batch) < most:
+            recipient = due.popleft()
+            if problem := address_problem(recipient["Address"]):
+                begin(recipient)
+                self.give_up(path, recipient, f"553 5.1.3 not sent: {problem}")
+            else:
+                batch.append(recipient)
+        return batch
+
+    def transact(self, path, message, batch):
+        """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
+        turn = 0 if self.relay.down else self.take_turn(path, len(batch))
+        for recipient in batch:
+            begin(recipient)
+            if turn:
+                log.info("%s sending mail to %s attempt: %d", path, recipient["Address"], recipient["Attempts"])
+        outcomes = self.send(path, message, batch, turn)
+        return [recipient for recipient in batch if self.conclude(path, recipient, outcomes[recipient["Address"]])]
+
+    def take_turn(self, path, size):
+        """Under -rate: take it, or raise OutOfTurn. Returns size."""
+        if self.options.rate:
+            if self.turnstile.room() < size:
+                self.need = size
+                raise OutOfTurn
+            self.need = 1
+            self.turnstile.begin(size)
+            self.decided(path)
+        return size
+
+    def send(self, path, message, batch, turn):
+        """A dict from address to Outcome. Raises RelayDown, and everybody waits again as before."""
+        addresses = list(dict.fromkeys(recipient["Address"] for recipient in batch))
+        try:
+            outcomes = self.relay.send(message.sender, addresses, message)
+        except RelayDown as error:
+            self.turnstile.end(turn, went_out=False)
+            put_back(batch, str(error))
+            raise
+        except gevent.GreenletExit:
+            put_back(batch, "stopped in the middle of a transaction: the mail may have arrived")
+            raise
+        except Exception:  # noqa: BLE001
+            log.exception("%s unexpected error", path)
+            outcomes = dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, "unexpected error, see the log"))
+        self.turnstile.end(turn)
+        return outcomes
+
+    def conclude(self, path, recipient, outcome):
+        """What a transaction's outcome means for one recipient; the only place that decides it. True: ask again."""
+        verdict, text = outcome
+        address = recipient["Address"]
+        if verdict is Verdict.AGAIN:
+            postponed(recipient, text)
+        elif verdict is Verdict.DELIVERED:
+            delivered(recipient)
+            self.status.delivered(path, address)
+            log.info("%s successfully sent to %s", path, address)
+        elif recipient["Attempts"] + 1 >= self.options.attempts or (
+            verdict is Verdict.REFUSED and self.options.fail5xx
+        ):
+            self.give_up(path, recipient, text)
+        else:
+            deferred(recipient, text, self.clock())
+            log.error("%s SMTP error, mail to %s %s", path, address, text)
+        return verdict is Verdict.AGAIN
+
+    def give_up(self, path, recipient, text):
+        gave_up(recipient, text)
+        log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], text)
+        log.error("%s max SMTP attempts reached for %s ... giving up", path, recipient["Address"])
+
+    # -- settling
+
+    def settle(self, mail, envelope, relay_down=False):
+        """What becomes of the mail now: it waits, is put aside, or is done."""
+        path = mail.path
+        if not is_settled(envelope):
+            self.status.commit_deliveries(path)
+            if relay_down and self.relay.down:
+                self.held.append(path)
+            else:
+                self.later(path, next_attempt(envelope))
+        elif not self.spool.unchanged(mail):
+            self.replaced(path)
+        elif has_failed(envelope):
+            self.put_aside(mail)
+        else:
+            self.finish(mail)
+
+    def replaced(self, path):
+        """Somebody removed the file, or put another one in its place, while it was in flight: that is another mail."""
+        self.status.drop(path)
+        if os.path.lexists(path):
+            self.later(path, 0.0)
+
+    def finish(self, mail):
+        """Everybody has it: the file goes, and its entry."""
+        try:
+            self.spool.remove(mail)
+        except OSError as error:
+            return self.cannot_move(mail, error)
+        self.status.drop(mail.path)
+        self.owners.pop(mail.identity[:2], None)
+        self.sent += 1
+        return None
+
+    def put_aside(self, mail):
+        """Some were given up: the file goes to .failed, and its entry with it."""
+        self.status.commit()
+        try:
+            aside = self.spool.put_aside(mail)
+        except OSError as error:
+            return self.cannot_move(mail, error)
+        self.status.rename(mail.path, aside)
+        self.owners.pop(mail.identity[:2], None)
+        log.error("%s moved to %s", mail.path, aside)
+        return None
+
+    def cannot_move(self, mail, error):
+        """The mail is settled, and its entry remembers that until the file can go."""
+        self.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
+        self.later(mail.path, self.clock() + retry_delay(1))
+        self.status.changed()
+
+    # -- complaints, each once
+
+    def say(self, subject, text):
+        if self.said.get(subject) != text:
+            self.said[subject] = text
+            log.error("%s", text)
+
+    def unsay(self, subject, text):
+        if self.said.pop(subject, None):
+            log.info("%s", text)
+
+
+def age_key(path):
+    """Sorts files by age, the oldest first."""
+    try:
+        return os.lstat(path).st_mtime_ns, path
+    except OSError:
+        return 0, path
+
+
+def put_back(batch, error):
+    """Recipients that were not asked about wait as before."""
+    for recipient in batch:
+        postponed(recipient, error)
+
+
+def set_aside(status, error, now):
+    """A corrupt status file is kept, under another name, and said."""
+    try:
+        log.error("corrupt status file %s, %s: moved to %s", status.path, error, status.set_aside(now))
+    except OSError as problem:
+        log.error("corrupt status file %s, %s: %s", status.path, error, describe(problem))
+
+
+def load_status(status, now, reload=False):
+    """Read the status file; a corrupt one does not stop the daemon."""
+    try:
+        if reload:
+            status.reload()
+        else:
+            status.load()
+    except CorruptStatus as error:
+        set_aside(status, error, now)
+
+
+# -------------------------------------------------------------------- main
+
+
+class LogLine(logging.Formatter):
+    """The original's format; whatever a line is made of, it is one line without control characters."""
+
+    def format(self, record):
+        text = super().format(record)
+        if record.exc_info:
+            return text
+        return "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def set_up_logging(stream):
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LogLine("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    logging.raiseExceptions = False  # a closed stderr is no reason to stop
+
+
+def raise_descriptor_limit():
+    """A connection and a file for each mail in flight; the usual 1024 are too few for -concurrency 1000."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource  # not on Windows
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def set_up_signals(spooler):
+    """The handlers ask; the loop acts. A system without a signal does without what it asks for."""
+    asks = {"SIGURG": "flush", "SIGHUP": "reload", "SIGTSTP": "suspend"}
+    for name, what in asks.items():
+        if hasattr(signal, name):
+            gevent.signal_handler(getattr(signal, name), spooler.ask, what)
+    for name in ("SIGTERM", "SIGINT"):
+        gevent.signal_handler(getattr(signal, name), spooler.ask_to_stop)
+
+
+def serve(options):
+    """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
+    spool = Spool(options.directory, options.json)
+    status = Status(spool.status_path)
+    spooler = Spooler(options, spool, status, None, None)
+    spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_is_up)
+    spool.lock()
+    log.info("--- starting Spoolgore (pid: %d) on directory %s ---", os.getpid(), options.directory)
+    load_status(status, time.time())
+    spooler.turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
+    raise_descriptor_limit()
+    set_up_signals(spooler)
+    return spooler.run()
+
+
+def main(argv):
+    """Returns the exit status."""
+    set_up_logging(sys.stderr)
+    try:
+        options = parse_options(argv)
+        return serve(options)
+    except UsageError as error:
+        print(f"{error}\n{usage()}", file=sys.stderr)
+        return EX_USAGE
+    except Locked as error:
+        return complain(str(error))
+    except OSError as error:
+        return complain(f"spool directory: {describe(error)}")
+
+
+def usage():
+    return __doc__.partition("\n\nUsage:")[2].join(("Usage:", "")).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
