@@ -79,6 +79,7 @@ if __name__ == "__main__":  # importing the module never patches the importer
 
 import base64
 import calendar
+import collections
 import contextlib
 import ctypes
 import email.utils
@@ -90,8 +91,10 @@ import hmac
 import itertools
 import json
 import logging
+import math
 import os
 import re
+import shutil
 import signal
 import smtplib
 import socket
@@ -731,6 +734,17 @@ def read_entries(text):
     return entries
 
 
+def read_status(path):
+    """The entries of a status file; none when there is no file. Raises CorruptStatus."""
+    try:
+        with open(path, "rb") as file:
+            return read_entries(file.read().decode("utf-8", "replace"))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise CorruptStatus(describe(error)) from None
+
+
 class Status:
     """The dict from a mail's path to its envelope, and the file that it is kept in.
 
@@ -809,14 +823,14 @@ class Status:
 
     def load(self):
         """Read the file. Raises CorruptStatus; a file that is not there is an empty status."""
-        self.entries = {path: self._arrived(path, envelope) for path, envelope in self._read().items()}
+        self.entries = {path: self._arrived(path, envelope) for path, envelope in read_status(self.path).items()}
 
     def reload(self):
         """Read the file again: it is the truth, but for what happened since it was written.
 
         Entries that are not in the file stay, as in the original. Raises CorruptStatus and changes nothing.
         """
-        for path, envelope in self._read().items():
+        for path, envelope in read_status(self.path).items():
             self._reload_entry(path, envelope)
         self.changed()
 
@@ -832,15 +846,6 @@ class Status:
             live.update(merge(unpack(packed), live, done or ()))
         else:
             self.entries[path] = pack(path, merge(unpack(packed), unpack(live), done))
-
-    def _read(self):
-        try:
-            with open(self.path, "rb") as file:
-                return read_entries(file.read().decode("utf-8", "replace"))
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise CorruptStatus(describe(error)) from None
 
     def _arrived(self, path, envelope):
         if not envelope_problem(envelope):
@@ -1021,6 +1026,25 @@ def is_being_written(handle, status, now, whole):
     return abs(now - status.st_mtime) < QUIET_SECONDS if whole is None else not whole
 
 
+def is_locked(handle, pid):
+    """Whether a process has locked this file (F_GETLK); where that cannot be asked, whether the process lives."""
+    if sys.platform == "linux":
+        question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        return struct.unpack("hhqqi4x", fcntl.fcntl(handle, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM
+    return True
+
+
+def path_and_mtime(path):
+    """None for a file that is gone."""
+    with contextlib.suppress(OSError):
+        return path, os.stat(path).st_mtime
+    return None
+
+
 class Spool:
     """The directory: list it, claim a file, remove it or put it aside."""
 
@@ -1046,6 +1070,22 @@ class Spool:
         """The paths of the regular files. Raises OSError."""
         with os.scandir(self.directory) as entries:
             return [e.path for e in entries if self.is_mail_name(e.name) and e.is_file(follow_symlinks=False)]
+
+    def ages(self):
+        """A dict from the path of each mail, and of each that was given up, to its mtime. Raises OSError."""
+        paths = self.mails()
+        with contextlib.suppress(FileNotFoundError):
+            paths += [os.path.join(self.failed, name) for name in os.listdir(self.failed)]
+        return dict(filter(None, map(path_and_mtime, paths)))
+
+    def owner(self):
+        """(pid, start time) of the process that has the lock, or None. Asks, and takes nothing. Raises OSError."""
+        try:
+            with open(self.path(".spoolgore.lock"), "rb") as file:
+                pid, since = int_or_zero(file.read(32).decode("ascii", "replace").strip()), os.fstat(file.fileno())
+                return (pid, since.st_mtime) if pid and is_locked(file.fileno(), pid) else None
+        except FileNotFoundError:
+            return None
 
     def lock(self):
         """Make this process the only one that sends from here. Raises Locked, OSError."""
@@ -2043,8 +2083,6 @@ class Turnstile:
         self.rate, self.path, self.clock = Rate(limits), path, clock
         self._file, self._lines = None, 0
         self._complaint = ""
-        if limits:
-            self._load()
 
     def room(self):
         return self.rate.room(self.clock())
@@ -2064,7 +2102,7 @@ class Turnstile:
             self.rate.cancel(count)
         self._write(f"-{count} {now if went_out else 0:.6f}\n")
 
-    def _load(self):
+    def load(self):
         """Read the file, and write it anew with what still counts."""
         now, unended, lines = self.clock(), 0, []
         with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
@@ -2128,6 +2166,209 @@ def steady_clock():
     return lambda: time.monotonic() + offset
 
 
+# ------------------------------------------------------------------ report
+#
+# What people are told: -status, progress, and the service manager.
+
+
+class Line(NamedTuple):
+    """One mail in the table of -status."""
+
+    due: float  # seconds since 1970
+    kind: str
+    path: str
+    since: float
+    sender: str
+    recipient: str
+    attempts: int
+    error: str
+
+
+KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
+
+
+def lines_of(entries, files, now):
+    """A Line for each mail: entries is the dict of the status file, files a dict from path to its mtime."""
+    known = [line_of(path, entry, files[path]) for path, entry in entries.items() if path in files]
+    new = [Line(now, "new", path, since, "", "", 0, "") for path, since in files.items() if path not in entries]
+    return sorted(known + new)
+
+
+def line_of(path, envelope, since):
+    if problem := envelope_problem(envelope):
+        return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
+    everybody = recipients(envelope)
+    left = [recipient for recipient in everybody if recipient["Status"] != 2]
+    failed = [recipient for recipient in everybody if recipient["Status"] == 2 and recipient["Error"]]
+    shown = min(left, key=lambda r: r["NextAttempt"]) if left else failed[0] if failed else None
+    kind = kind_of(envelope, left, failed)
+    due = parse_time(shown["NextAttempt"]) if left else math.inf
+    error = envelope.get("Error") or (shown["Error"] if shown else "")
+    others = len(left or failed) - 1
+    to = f"{shown['Address']}{f' +{others}' if others else ''}" if shown else ""
+    return Line(due, kind, path, since, bare(envelope.get("From")), to, shown["Attempts"] if shown else 0, error)
+
+
+def kind_of(envelope, left, failed):
+    if envelope.get("Error"):
+        return "unusable"
+    if not left:
+        return "given up" if failed else "waiting"  # all delivered: only its file is still there
+    if any(recipient["Status"] == 1 for recipient in left):
+        return "in flight"
+    return "deferred" if any(recipient["Attempts"] or recipient["Error"] for recipient in left) else "waiting"
+
+
+def bare(field):
+    """The address in a From field, found quickly: it is only shown."""
+    text = str(field or "")
+    return text[text.rfind("<") + 1 :].partition(">")[0] if "<" in text else text
+
+
+def ago(seconds):
+    """A duration in its largest unit: 45s, 12m, 3h, 2d."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(0, seconds):.0f}s"
+
+
+def daemon_line(owner, now):
+    """owner: the pid and start time of the daemon that has the spool, or None."""
+    return f"daemon: running, pid {owner[0]}, since {ago(now - owner[1])}" if owner else "daemon: not running"
+
+
+def summary(lines, owner, now):
+    """The lines above the table."""
+    kinds = collections.Counter(line.kind for line in lines)
+    errors = collections.Counter(line.error for line in lines if line.error)
+    yield daemon_line(owner, now)
+    yield "mails: " + ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS)
+    if lines:
+        oldest = min(lines, key=lambda line: line.since)
+        yield f"oldest: {ago(now - oldest.since)}, {oldest.path}"
+    for error, count in errors.most_common(5):
+        yield f"error: {count} x {error}"
+
+
+def table(lines, now):
+    """Rows of text; the first is the heading."""
+    yield ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
+    for line in lines:
+        wait = "-" if line.due == math.inf else ago(line.due - now) if line.due > now else "now"
+        name = line.path.rpartition("/.failed/")[2] if line.kind == "given up" else os.path.basename(line.path)
+        cells = (name, line.kind, ago(now - line.since), line.sender or "<>", line.recipient, str(line.attempts), wait)
+        yield (*cells, line.error)
+
+
+def aligned(rows, width):
+    """Rows as lines with aligned columns, each cut to width if there is one; control characters are not shown."""
+    rows = list(rows)
+    widths = [min(40, max(map(len, column))) for column in zip(*rows)]
+    form = "  ".join(f"{{:{size}}}" for size in widths[:-1]) + "  {}"
+    return [one_line(form.format(*row))[: width or None].rstrip() for row in rows]
+
+
+def one_line(text):
+    """Text without anything that could break the line or steer a terminal."""
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
+    )
+
+
+def report(options, stream, now):
+    """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
+    spool = Spool(options.directory, options.json)
+    entries, files, owner = read_status(spool.status_path), spool.ages(), spool.owner()
+    lines = lines_of(entries, files, now)
+    width = shutil.get_terminal_size().columns if stream.isatty() else 0
+    text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
+    if lines:
+        text += ["", *aligned(table(lines, now), width)]
+    stream.write("\n".join(text).encode("utf-8", "backslashreplace").decode() + "\n")
+    healthy = owner and not any(line.kind == "given up" for line in lines)
+    return EX_OK if healthy else EX_ERROR
+
+
+class Progress:
+    """Says now and then how far a queue is that takes more than a few seconds. Pure: now is passed in."""
+
+    def __init__(self, interval):
+        self.interval = interval
+        self.since = None  # (when, mails sent by then) of the last word, or of the start of the work
+
+    def line(self, now, waiting, in_flight, sent):
+        """The text to show, or an empty one."""
+        if not waiting + in_flight:
+            self.since = None
+            return ""
+        start, before = self.since = self.since or (now, sent)
+        if now - start < self.interval:
+            return ""
+        self.since = (now, sent)
+        speed = (sent - before) / (now - start)
+        left = (waiting + in_flight) / speed if speed else math.inf
+        return "" if left < 3 else progress_text(waiting, in_flight, sent, speed, left)
+
+    def next_word(self):
+        """When line() has something to say at the earliest; infinity when there is no work."""
+        return self.since[0] + self.interval if self.since else math.inf
+
+
+def progress_text(waiting, in_flight, sent, speed, left):
+    ending = "" if left == math.inf else f", {ago(left)} left"
+    return f"{waiting} waiting, {in_flight} in flight, {sent} sent, {speed:.{0 if speed >= 10 else 1}f} mails/s{ending}"
+
+
+class ServiceManager:
+    """Tells systemd how we are (sd_notify(3)), if it listens.
+
+    environ: NOTIFY_SOCKET, and for the watchdog WATCHDOG_USEC and WATCHDOG_PID.
+    """
+
+    def __init__(self, environ):
+        self.address = environ.get("NOTIFY_SOCKET", "")
+        ours = self.address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.interval = int_or_zero(environ.get("WATCHDOG_USEC")) / 2e6 if ours else 0
+        self.next_sign = 0.0 if self.interval else math.inf
+        self.said = ""
+
+    def tell(self, text):
+        """Send it, unless it is what was said last. Nothing depends on it."""
+        if self.address and text != self.said:
+            self.said = text
+            self._send(text)
+
+    def sign_of_life(self, now):
+        """For the watchdog: twice in each of its intervals. now is monotonic."""
+        if now >= self.next_sign:
+            self.next_sign = now + self.interval
+            self._send("WATCHDOG=1")
+
+    def _send(self, text):
+        with contextlib.suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
+
+
+class Terminal(logging.StreamHandler):
+    """A terminal whose last line shows the progress: the log scrolls above it."""
+
+    progress = ""
+
+    def emit(self, record):
+        self.stream.write("\r\x1b[K")
+        super().emit(record)
+        self.show(self.progress)
+
+    def show(self, text):
+        """Redraw the progress line; an empty text removes it."""
+        self.progress = text
+        self.stream.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+        self.stream.flush()
+
+
 # ----------------------------------------------------------------- spooler
 
 
@@ -2142,9 +2383,12 @@ class Spooler:
     rests until a time (resting), until the relay is up (held), or until its file changes (stuck).
     """
 
-    def __init__(self, options, spool, status, relay, turnstile, clock=time.time):
+    def __init__(self, options, spool, status, turnstile, clock=time.time):
         self.options, self.spool, self.status = options, spool, status
-        self.relay, self.turnstile, self.clock = relay, turnstile, clock
+        self.turnstile, self.clock = turnstile, clock
+        self.relay = None  # what sends; set before run()
+        self.manager = ServiceManager({})
+        self.progress, self.show_progress = Progress(10), log.info
         self.pool = gevent.pool.Pool(options.concurrency)
         self.wake = gevent.event.Event()
         self.fresh, self.retries = deque(), deque()  # paths that may go now
@@ -2177,6 +2421,7 @@ class Spooler:
         while not self.finished():
             self.act_on_signals()
             self.step()
+            self.tell()
             self.wake.wait(self.idle_seconds())
             self.wake.clear()
         self.stop()
@@ -2214,18 +2459,35 @@ class Spooler:
 
     def idle_seconds(self):
         """How long nothing needs doing; None: until something happens."""
-        if self.suspended:
-            return None
         now = self.clock()
-        moments = [] if self.options.once else [self.next_scan - now]
+        pauses = [self.manager.next_sign - time.monotonic(), *([] if self.suspended else self.pauses(now))]
+        return None if min(pauses) == math.inf else max(0.0, min(pauses))
+
+    def pauses(self, now):
+        yield self.progress.next_word() - now
+        if not self.options.once:
+            yield self.next_scan - now
         if self.times:
-            moments.append(self.times[0][0] - now)
+            yield self.times[0][0] - now
         if self.in_line() and (turn := self.turnstile.wait(self.need)):
-            moments.append(turn)
-        return max(0.0, min(moments)) if moments else None
+            yield turn
+
+    def tell(self):
+        """The log and the service manager hear how we are."""
+        counts = (self.in_line(), len(self.pool), self.sent)
+        if text := self.progress.line(self.clock(), *counts):
+            self.show_progress(text)
+        self.manager.sign_of_life(time.monotonic())
+
+    def state(self):
+        """One line for the service manager."""
+        trouble = f", relay unavailable: {self.relay.down}" if self.relay.down else ""
+        waiting, deferred = self.in_line(), len(self.resting) + len(self.held)
+        return f"{waiting} waiting, {len(self.pool)} in flight, {deferred} deferred{trouble}"
 
     def stop(self):
         """What is in flight may finish; then the status is saved."""
+        self.manager.tell("STOPPING=1\nSTATUS=stopping")
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         self.close_watch()
@@ -2262,6 +2524,7 @@ class Spooler:
     def suspend(self):
         self.suspended = True
         self.status.freeze()
+        self.manager.tell("STATUS=suspended")
         log.info("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
 
     def resume(self):
@@ -2376,6 +2639,7 @@ class Spooler:
             self.say("scan", f"unable to access spool directory, {describe(error)}")
         pause = max(self.options.freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
+        self.manager.tell(f"READY=1\nSTATUS={one_line(self.state())}")
 
     def take_stock(self, paths):
         """Queue what is new, oldest first; forget what is gone."""
@@ -2766,7 +3030,7 @@ class LogLine(logging.Formatter):
         text = super().format(record)
         if record.exc_info or text.isprintable():
             return text
-        return "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
+        return one_line(text)
 
 
 def set_up_logging(stream):
@@ -2804,16 +3068,30 @@ def serve(options):
     """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
     spool = Spool(options.directory, options.json)
     status = Status(spool.status_path)
-    spooler = Spooler(options, spool, status, None, None)
+    turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
+    spooler = Spooler(options, spool, status, turnstile)
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_is_up)
+    spooler.manager = ServiceManager(os.environ)
     spool.lock()
     log.info("--- starting Spoolgore (pid: %d) on directory %s ---", os.getpid(), options.directory)
     load_status(status, time.time())
-    spooler.turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
+    turnstile.load()
     raise_descriptor_limit()
     set_up_signals(spooler)
     gc.freeze()  # what is there now stays: the collector need not look at it again
-    return spooler.run()
+    with progress_on_terminal(spooler) if options.once and sys.stderr.isatty() else contextlib.nullcontext():
+        return spooler.run()
+
+
+@contextlib.contextmanager
+def progress_on_terminal(spooler):
+    """Show the progress as a line that is redrawn, not as lines of the log."""
+    terminal = Terminal(sys.stderr)
+    terminal.setFormatter(log.handlers[0].formatter)
+    log.handlers[:] = [terminal]
+    spooler.progress, spooler.show_progress = Progress(0.5), terminal.show
+    yield
+    terminal.show("")
 
 
 def main(argv):
@@ -2821,18 +3099,18 @@ def main(argv):
     set_up_logging(sys.stderr)
     try:
         options = parse_options(argv)
-        return serve(options)
+        return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
         print(f"{error}\n{usage()}", file=sys.stderr)
         return EX_USAGE
-    except Locked as error:
+    except (Locked, CorruptStatus) as error:
         return complain(str(error))
     except OSError as error:
         return complain(f"spool directory: {describe(error)}")
 
 
 def usage():
-    return __doc__.partition("\n\nUsage:")[2].join(("Usage:", "")).rstrip()
+    return "Usage:" + __doc__.partition("\n\nUsage:")[2].rstrip()
 
 
 if __name__ == "__main__":
