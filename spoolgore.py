@@ -2418,18 +2418,22 @@ class Spooler:
         saver = gevent.spawn(self.status.keep_saving)
         self.open_watch()
         self.queue_again()
+        self.round()
         while not self.finished():
-            self.act_on_signals()
-            self.step()
-            self.tell()
             self.wake.wait(self.idle_seconds())
             self.wake.clear()
+            self.round()
         self.stop()
         saver.kill()
         return EX_TEMPFAIL if self.options.once and self.remains() else EX_OK
 
+    def round(self):
+        """Do what is asked for, look, take up what is due, say how we are."""
+        self.act_on_signals()
+        self.step()
+        self.tell()
+
     def step(self):
-        """One round: look, take up what is due."""
         if self.suspended or self.stopping:
             return
         if self.clock() >= self.next_scan:
