@@ -723,26 +723,49 @@ def unpack(packed):
     return next(iter(json.loads(b"{" + packed + b"}").values()))
 
 
-def read_entries(text):
-    """(path, entry) for each entry of a status file's text. Raises CorruptStatus."""
+def arrived(path, envelope):
+    """An entry from the file, packed: what was in flight waits again."""
+    if not envelope_problem(envelope):
+        interrupted(envelope)
+    return pack(path, envelope)
+
+
+def read_status(path):
+    """(path, entry) for each entry of a status file; none when there is no file. Raises CorruptStatus, OSError."""
     try:
-        entries = json.loads(text) if text.strip() else {}
+        with open(path, "rb") as file:
+            text = file.read()
+    except FileNotFoundError:
+        return
+    try:
+        for part in entry_by_entry(text):
+            yield from parsed(part).items()
+    except CorruptStatus:
+        yield from parsed(text).items()  # raises, and knows the line
+
+
+def entry_by_entry(text):
+    """A JSON object's text as one for each of its entries, if they stand as this program and the original write them:
+    to parse all of a large file at once takes much memory."""
+    if not (text.startswith(b'{\n\t"') and text.rstrip().endswith(b"\n}")):
+        yield text.strip() or b"{}"
+        return
+    start, end = 2, text.rindex(b"\n}")
+    while (comma := text.find(b',\n\t"', start, end)) >= 0:
+        yield b"{" + text[start:comma] + b"}"
+        start = comma + 1
+    yield b"{" + text[start:end] + b"}"
+
+
+def parsed(text):
+    """The JSON object in text. Raises CorruptStatus."""
+    try:
+        entries = json.loads(text.decode("utf-8", "replace"))
     except (ValueError, RecursionError) as error:
         raise CorruptStatus(str(error)) from None
     if not isinstance(entries, dict):
         raise CorruptStatus("not a JSON object")
     return entries
-
-
-def read_status(path):
-    """The entries of a status file; none when there is no file. Raises CorruptStatus."""
-    try:
-        with open(path, "rb") as file:
-            return read_entries(file.read().decode("utf-8", "replace"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise CorruptStatus(describe(error)) from None
 
 
 class Status:
@@ -822,35 +845,30 @@ class Status:
     # -- the file
 
     def load(self):
-        """Read the file. Raises CorruptStatus; a file that is not there is an empty status."""
-        self.entries = {path: self._arrived(path, envelope) for path, envelope in read_status(self.path).items()}
+        """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
+        self.entries = {path: arrived(path, envelope) for path, envelope in read_status(self.path)}
 
     def reload(self):
         """Read the file again: it is the truth, but for what happened since it was written.
 
-        Entries that are not in the file stay, as in the original. Raises CorruptStatus and changes nothing.
+        Entries that are not in the file stay, as in the original. Raises CorruptStatus, OSError and changes nothing.
         """
-        for path, envelope in read_status(self.path).items():
-            self._reload_entry(path, envelope)
+        for path, packed in {path: arrived(path, envelope) for path, envelope in read_status(self.path)}.items():
+            self._reload_entry(path, packed)
         self.changed()
 
-    def _reload_entry(self, path, envelope):
-        done = self.since_save.get(path, ())
-        if done is None and path not in self.entries:
-            return
-        packed = self._arrived(path, envelope)
-        live = self.entries.get(path)
-        if live is None or envelope_problem(envelope) or not (done or isinstance(live, dict)):
+    def _reload_entry(self, path, packed):
+        done, live = self.since_save.get(path, ()), self.entries.get(path)
+        if done is None and live is None:
+            return  # settled since
+        if live is None or not (done or isinstance(live, dict)):
             self.entries[path] = packed
-        elif isinstance(live, dict):  # its greenlet holds this very dict
-            live.update(merge(unpack(packed), live, done or ()))
-        else:
-            self.entries[path] = pack(path, merge(unpack(packed), unpack(live), done))
-
-    def _arrived(self, path, envelope):
-        if not envelope_problem(envelope):
-            interrupted(envelope)
-        return pack(path, envelope)
+        elif not envelope_problem(envelope := unpack(packed)):
+            merged = merge(envelope, self.peek(path), done or ())
+            if isinstance(live, dict):  # its greenlet holds this very dict
+                live.update(merged)
+            else:
+                self.entries[path] = pack(path, merged)
 
     def set_aside(self, now):
         """Move a corrupt file out of the way; returns its new path."""
@@ -2188,10 +2206,10 @@ KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
 
 
 def lines_of(entries, files, now):
-    """A Line for each mail: entries is the dict of the status file, files a dict from path to its mtime."""
-    known = [line_of(path, entry, files[path]) for path, entry in entries.items() if path in files]
-    new = [Line(now, "new", path, since, "", "", 0, "") for path, since in files.items() if path not in entries]
-    return sorted(known + new)
+    """A Line for each mail, due first: entries are (path, entry) pairs, files a dict from path to its mtime."""
+    known = {path: line_of(path, entry, files[path]) for path, entry in entries if path in files}
+    new = [Line(now, "new", path, since, "", "", 0, "") for path, since in files.items() if path not in known]
+    return sorted([*known.values(), *new])
 
 
 def line_of(path, envelope, since):
@@ -2281,8 +2299,9 @@ def one_line(text):
 def report(options, stream, now):
     """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
     spool = Spool(options.directory, options.json)
-    entries, files, owner = read_status(spool.status_path), spool.ages(), spool.owner()
-    lines = lines_of(entries, files, now)
+    gc.disable()  # many small objects, and none of them garbage
+    files, owner = spool.ages(), spool.owner()
+    lines = lines_of(read_status(spool.status_path), files, now)
     width = shutil.get_terminal_size().columns if stream.isatty() else 0
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
     if lines:
@@ -2543,6 +2562,8 @@ class Spooler:
             log.info("status reloaded")
         except CorruptStatus as error:
             set_aside(self.status, error, self.clock())
+        except OSError as error:
+            log.error("status not reloaded, %s", describe(error))
         self.queue_again()
         self.resume()
 
@@ -3107,10 +3128,12 @@ def main(argv):
     except UsageError as error:
         print(f"{error}\n{usage()}", file=sys.stderr)
         return EX_USAGE
-    except (Locked, CorruptStatus) as error:
+    except Locked as error:
         return complain(str(error))
+    except CorruptStatus as error:
+        return complain(f"corrupt status file, {error}")
     except OSError as error:
-        return complain(f"spool directory: {describe(error)}")
+        return complain(describe(error))
 
 
 def usage():
