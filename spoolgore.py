@@ -78,13 +78,13 @@ if __name__ == "__main__":  # importing the module never patches the importer
     monkey.patch_all()
 
 import base64
-import calendar
 import collections
 import contextlib
 import ctypes
 import email.utils
 import enum
 import errno
+import functools
 import gc
 import heapq
 import hmac
@@ -555,6 +555,7 @@ def format_time(seconds):
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")[:26] + "Z"
 
 
+@functools.lru_cache(maxsize=1024)  # each time is asked for again and again
 def parse_time(text):
     """Seconds since 1970 from RFC 3339 text; Go's zero time is far in the past. Raises ValueError."""
     match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))", str(text))
@@ -562,7 +563,7 @@ def parse_time(text):
         raise ValueError(f"not a time: {text}")
     moment, fraction, sign, hours, minutes = match.groups()
     offset = int(f"{sign}1") * (int(hours) * 3600 + int(minutes) * 60) if sign else 0
-    return calendar.timegm(datetime.fromisoformat(moment).timetuple()) + float(fraction or 0) - offset
+    return datetime.fromisoformat(f"{moment}+00:00").timestamp() + float(fraction or 0) - offset
 
 
 def retry_delay(attempts):
