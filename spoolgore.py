@@ -322,6 +322,8 @@ def typed(found):
     if found["smtpauth"] and not (found["smtpuser"] or found["smtpmd5user"]):
         raise bad_value("smtpauth", found["smtpauth"], "it needs -smtpuser")
     switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
+    if not re.fullmatch(r"[!-~]*", found["helo"]):
+        raise bad_value("helo", found["helo"], "not a host name")
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     values = {
         **found,
@@ -1237,6 +1239,10 @@ class RelayError(OSError):
     """The conversation cannot go on."""
 
 
+class TimedOut(RelayError):
+    """The relay is there, and silent: it may still act on what it was sent."""
+
+
 class LoginRefused(RelayError):
     """The relay does not accept the user or the password."""
 
@@ -1387,7 +1393,7 @@ class Connection(smtplib.SMTP):
         try:
             data = self.sock.recv(4096)
         except socket.timeout:
-            raise RelayError("timed out waiting for the relay's reply") from None
+            raise TimedOut("timed out waiting for the relay's reply") from None
         if not data:
             raise RelayError("connection closed by the relay")
         return data
@@ -1461,6 +1467,7 @@ class Transaction:
         self.replies = []  # to MAIL, each RCPT, DATA or BDAT
         self.final = None  # the reply to the content
         self.lost = ""  # why the connection broke
+        self.gone = False  # nobody is at its other end
         self.complete = False  # the relay may have the whole content
         self.chunked = connection.has_extn("chunking") and message.whole is not None
         self.pipelined = connection.has_extn("pipelining")
@@ -1473,6 +1480,7 @@ class Transaction:
                 self._converse()
             except OSError as error:
                 self.lost, self.connection.broken = describe(error), True
+                self.gone = not isinstance(error, TimedOut)
         return {**refusals, **dict(zip(self.addresses, self._outcomes()))}
 
     # -- before anything is sent
@@ -1589,8 +1597,7 @@ class Transaction:
     @property
     def unanswered(self):
         """The relay had gone before this transaction: nothing was answered, or 421 first of all."""
-        gone = self.lost and not self.replies
-        return bool(gone) or bool(self.replies and self.replies[0].code == 421)
+        return self.replies[0].code == 421 if self.replies else self.gone
 
     def _outcomes(self):
         accepted = self._accepted()
@@ -1822,6 +1829,11 @@ class Relay:
         """If the relay is down, try it now."""
         self._probe_now.set()
 
+    def retire(self):
+        """No new connections from now on."""
+        self.down = self.down or "the daemon is stopping"
+        self._wake(len(self._waiting))
+
     def close(self):
         """QUIT all that is idle."""
         self._background.kill()
@@ -1974,6 +1986,10 @@ class Relays:
         for relay in self.relays:
             relay.poke()
 
+    def retire(self):
+        for relay in self.relays:
+            relay.retire()
+
     def close(self):
         for relay in self.relays:
             relay.close()
@@ -1999,6 +2015,9 @@ class Printer:
 
     def poke(self):
         """It is always up."""
+
+    def retire(self):
+        """It has no connections."""
 
     def close(self):
         """Nothing is kept open."""
@@ -2512,6 +2531,7 @@ class Spooler:
     def stop(self):
         """What is in flight may finish; then the status is saved."""
         self.manager.tell("STOPPING=1\nSTATUS=stopping")
+        self.relay.retire()
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         self.close_watch()
