@@ -460,3 +460,301 @@ def test_scripted(spool, scripted, start):
     put(spool, "m1", mail())
     relay.wait_for(1)
     assert daemon.stop() == 0
+
+
+# ------------------------------------------------------- for the people who run it
+
+README = SCRIPT.with_name("README.md")
+
+WITHOUT = """
+import builtins, ctypes, fcntl, os, runpy, signal, sys
+missing = sys.argv[1].split(",")
+if "leases" in missing:
+    del fcntl.F_SETLEASE
+if "inotify" in missing:
+    ctypes.CDLL = None
+if "fcntl" in missing:
+    import gevent.subprocess  # needs it itself
+
+    sys.modules["fcntl"] = sys.modules["resource"] = None
+if "signals" in missing:
+    del signal.SIGURG, signal.SIGTSTP, signal.SIGHUP
+if "posix" in missing:
+    del os.O_NOFOLLOW, os.O_NONBLOCK, os.O_CLOEXEC
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def lacking(*what):
+    """For Daemon's python argument: an interpreter on a system that lacks some things."""
+    return sys.executable, "-c", WITHOUT, ",".join(what)
+
+
+def put_status(spool, entries):
+    """A status file, and an empty file for each of its entries."""
+    for name in entries:
+        path = spool / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+    text = json.dumps({str(spool / name): entry for name, entry in entries.items()})
+    (spool / ".spoolgore.js").write_text(text)
+
+
+def entry(*recipients, **more):
+    known = {"From": "Shop <shop@example.org>", "To": list(recipients), "Cc": [], "Bcc": [], "Attempts": 0}
+    return {**known, "Enqueued": "2026-11-24T06:37:24Z", **more}
+
+
+def recipient(address="a@x.org", status=0, attempts=0, error="", after=3600):
+    moment = spoolgore.format_time(time.time() + after)
+    return {"Address": address, "Status": status, "Attempts": attempts, "NextAttempt": moment, "Error": error}
+
+
+def test_status_of_every_kind_of_mail(spool):
+    put_status(
+        spool,
+        {
+            "deferred": entry(recipient(attempts=3, error="451 later"), recipient("b@x.org", 0)),
+            "waiting": entry(recipient(after=-1)),
+            "flying": entry(recipient(status=1)),
+            "partly": entry(recipient(status=2), recipient("c@x.org", 0, 1, "451 later", after=90)),
+            "unusable": entry(Error="has no recipients"),
+            ".failed/gone": entry(recipient("d@x.org", 2, 100, "550 no such user")),
+        },
+    )
+    put(spool, "new", mail())
+    done = spoolgore_run("-status", spool)
+    assert done.stderr == ""
+    assert done.returncode == 1
+    text, table = done.stdout.split("\n\n")
+    assert "daemon: not running" in text
+    assert "1 new, 1 waiting, 1 in flight, 2 deferred, 1 given up, 1 unusable" in text
+    assert "error: 2 x 451 later" in text
+    rows = {line.split()[0]: re.split(r"  +", line) for line in table.splitlines()[1:]}
+    assert rows["deferred"][3:] == ["shop@example.org", "a@x.org +1", "3", "59m", "451 later"]
+    assert rows["partly"][4:] == ["c@x.org", "1", "1m", "451 later"]
+    assert rows["gone"][1] == "given up" and rows["gone"][-1] == "550 no such user"
+    assert (
+        list(rows).index("waiting")
+        < list(rows).index("partly")
+        < list(rows).index("deferred")
+        < list(rows).index("gone")
+    )
+
+
+def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
+    daemon = start("-smtpaddr", scripted().address)
+    done = spoolgore_run("-status", spool)
+    assert f"daemon: running, pid {daemon.process.pid}, since" in done.stdout
+    assert done.returncode == 0
+    assert daemon.stop() == 0
+    before = {path: path.stat().st_mtime_ns for path in spool.iterdir()}
+    assert spoolgore_run("-status", spool).returncode == 1
+    assert before == {path: path.stat().st_mtime_ns for path in spool.iterdir()}
+
+
+def test_status_with_a_status_file_elsewhere(spool, tmp_path):
+    put_status(spool, {"m1": entry(recipient(error="somewhere else"))})
+    (spool / ".spoolgore.js").rename(tmp_path / "status.json")
+    assert "somewhere else" in spoolgore_run("-status", "-json", tmp_path / "status.json", spool).stdout
+
+
+@pytest.mark.parametrize(
+    ("prepare", "complaint"),
+    [
+        (lambda spool: spool.rmdir(), "No such file or directory"),
+        (lambda spool: (spool / ".spoolgore.js").write_text("{"), "Expecting property name"),
+    ],
+)
+def test_status_that_cannot_be_had(spool, prepare, complaint):
+    prepare(spool)
+    done = spoolgore_run("-status", spool)
+    assert done.returncode == 1
+    assert complaint in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_status_shows_no_control_characters(spool):
+    put_status(spool, {"m\x1b[2J\nx": entry(recipient(error="451 \x07bell"))})
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", spoolgore_run("-status", spool).stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_status_is_cut_to_the_terminal(spool):
+    put_status(spool, {"m1": entry(recipient(error="x" * 300))})
+    master, slave = os.openpty()
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "-status", str(spool)], stdout=slave, env={**os.environ, "COLUMNS": "60"}
+    )
+    os.close(slave)
+    lines = os.read(master, 65536).decode().splitlines()
+    os.close(master)
+    assert done.returncode == 1
+    assert max(map(len, lines)) == 60
+
+
+def test_progress_is_logged(spool, start, scripted):
+    """Two mails that take longer than the interval, which is shortened for the test."""
+    relay = scripted()
+    gate = threading.Event()
+    relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
+    for number in range(3):
+        put(spool, f"m{number}", mail())
+    hasty = "import re, sys; text = open(sys.argv[1]).read().replace('Progress(10)', 'Progress(0.2)'); del sys.argv[0]"
+    python = (sys.executable, "-c", f"{hasty}; __file__ = sys.argv[0]; exec(compile(text, sys.argv[0], 'exec'))")
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 1, python=python)
+    line = daemon.wait_for("waiting, ")[0]
+    assert line[20:] == "2 waiting, 1 in flight, 0 sent, 0.0 mails/s"
+    gate.set()
+    relay.wait_for(3)
+    assert daemon.stop() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_progress_on_a_terminal_is_one_line(spool, scripted):
+    relay = scripted()
+    gate = threading.Event()
+    relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
+    put(spool, "m1", mail())
+    master, slave = os.openpty()
+    command = [sys.executable, str(SCRIPT), "-once", "-smtpaddr", relay.address, str(spool)]
+    process = subprocess.Popen(command, stderr=slave)
+    os.close(slave)
+    text = b""
+    while b"1 in flight" not in text:
+        text += os.read(master, 65536)
+    gate.set()
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while more := os.read(master, 65536):
+            text += more
+    os.close(master)
+    assert process.wait(PATIENCE) == 0
+    assert b"\r\x1b[K0 waiting, 1 in flight, 0 sent, 0.0 mails/s" in text
+    assert text.endswith(b"\r\x1b[K")
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request, tmp_path):
+    """A service manager's datagram socket, and what NOTIFY_SOCKET is for it."""
+    name = (
+        f"@spoolgore-{os.getpid()}-{time.monotonic_ns()}" if request.param == "abstract" else str(tmp_path / "notify")
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(name.replace("@", "\0") if name[0] == "@" else name)
+        sock.settimeout(PATIENCE)
+        yield sock, name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="systemd is for Linux")
+def test_the_service_manager_is_told(spool, start, scripted, manager):
+    sock, name = manager
+    daemon = start("-smtpaddr", scripted().address, env={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "100000"})
+    said = []
+    while len(said) < 5:
+        said.append(sock.recv(4096).decode())
+    assert said[0] == "READY=1\nSTATUS=0 waiting, 0 in flight, 0 deferred" or said[1].startswith("READY=1\nSTATUS=0")
+    assert said.count("WATCHDOG=1") == 4
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    while (text := sock.recv(4096)) == b"WATCHDOG=1":
+        pass
+    assert text == b"STATUS=suspended"
+    assert sock.recv(4096) == b"WATCHDOG=1"  # a suspended daemon lives
+    assert daemon.stop() == 0
+    while (text := sock.recv(4096)) == b"WATCHDOG=1":
+        pass
+    assert text == b"STOPPING=1\nSTATUS=stopping"
+
+
+def test_the_watchdog_of_another_process_is_not_ours():
+    environ = {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "1000000"}
+    assert spoolgore.ServiceManager(environ).interval == 0.5
+    assert spoolgore.ServiceManager({**environ, "WATCHDOG_PID": str(os.getpid())}).interval == 0.5
+    assert spoolgore.ServiceManager({**environ, "WATCHDOG_PID": "1"}).interval == 0
+    assert spoolgore.ServiceManager({}).interval == 0
+
+
+def test_a_system_that_lacks_nearly_everything(spool, start, relay):
+    """As on Windows: no fcntl (lock, leases), inotify, resource, nor the original's signals."""
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", relay.address, "-freq", 1, python=lacking("inotify", "fcntl", "signals", "posix"))
+    relay.wait_for(1)
+    put(spool, "m2", mail())
+    relay.wait_for(2)
+    assert len([line for line in daemon.lines if "no inotify" in line]) == 1
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0
+
+
+def test_importing_the_module_patches_nothing():
+    code = "import socket; before = socket.socket; import spoolgore; assert socket.socket is before; print('same')"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=SCRIPT.parent).stdout == b"same\n"
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_readme_and_usage_have_the_same_flags_and_defaults():
+    table = re.findall(r"^\| `-(\w+)((?: [A-Z]+)?)` \| (?:`(.*?)`)? *\|", README.read_text(), re.MULTILINE)
+    usage = re.findall(r"^  -(\w+)((?: [A-Z]+)?)((?:.*\n(?!  -|\n))*.*)", spoolgore.__doc__, re.MULTILINE)
+    defaults = {name: re.search(r"\[default: (.*?)\]", text) for name, _, text in usage}
+    told = {(name, value, default) for name, value, default in table}
+    known = {(name, value, defaults[name][1] if defaults[name] else "") for name, value, _ in usage}
+    assert told == {flag for flag in known if flag[0] not in ("h", "version")}
+    assert len(told) > 15
+
+
+def test_readme_unit_starts_the_daemon_with_flags_that_exist():
+    unit = re.search(r"<!-- unit -->\n```ini\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    words = re.search(r"^ExecStart=(.*)$", unit, re.MULTILINE)[1].replace("'cat %d/password'", "command").split()
+    options = spoolgore.parse_options(words[2:])
+    assert options.smtppasswordcommand == "command" and options.directory == "/var/spool/%i"
+
+
+def readme_block(language, start):
+    blocks = re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+    return next(block for block in blocks if block.startswith(start))
+
+
+def test_readme_shell_recipe(spool, relay, run):
+    subprocess.run(["sh", "-c", readme_block("sh", "mail=$(mktemp")], cwd=spool.parent, check=True)
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert relay.mails[0].recipients == ["you@example.org"]
+    assert relay.mails[0].content.endswith(b"Subject: Backup done\r\n\r\nAll fine.\r\n")
+
+
+def test_readme_python_recipe(spool, relay, run):
+    from email.message import EmailMessage
+
+    recipe = {}
+    exec(readme_block("python", "import os, tempfile"), recipe)
+    message = EmailMessage()
+    message["From"], message["To"] = "app@example.org", "you@example.org"
+    message.set_content("Grüße.\n")
+    recipe["spool"](message, str(spool))
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert "Grüße.\r\n".encode() in relay.mails[0].content
+
+
+@pytest.mark.skipif(not shutil.which("php"), reason="needs PHP")
+def test_readme_php_recipe(spool, relay, run):
+    program = f"<?php {readme_block('php', 'function spool_mail')}"
+    subprocess.run(["php"], input=program.encode(), cwd=spool.parent, check=True)
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert relay.mails[0].content.endswith(b"\r\n\r\nThank you.\r\n")
+
+
+def test_readme_django_recipe(spool, relay, run, tmp_path):
+    pytest.importorskip("django", reason="needs Django")
+    (tmp_path / "spool_backend.py").write_text(readme_block("python", "import os\nimport tempfile"))
+    (tmp_path / "site.py").write_text(
+        "from django.conf import settings\n"
+        f"settings.configure(EMAIL_BACKEND='spool_backend.SpoolBackend', EMAIL_SPOOL={str(spool)!r})\n"
+        "from django.core.mail import EmailMessage\n"
+        "EmailMessage('s', 'b', 'shop@example.org', ['a@example.org'], bcc=['hidden@example.org']).send()\n"
+    )
+    subprocess.run([sys.executable, str(tmp_path / "site.py")], cwd=tmp_path, check=True)
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert relay.mails[0].recipients == ["a@example.org", "hidden@example.org"]
+    assert b"hidden" not in relay.mails[0].content
