@@ -282,6 +282,10 @@ def parse_relay(text, default_port):
     port = int(match[3] or default_port)
     if not 0 < port < 65536:
         raise bad_value("smtpaddr", text, "the port is not between 1 and 65535")
+    try:
+        (match[2] or "").encode("idna")
+    except UnicodeError:
+        raise bad_value("smtpaddr", text, "not a host name") from None
     return Address(match[1] or match[2] or "localhost", port)
 
 
@@ -308,9 +312,11 @@ def parse_options(argv, doc=None):
     directories = [word for word in words if not word.startswith("--")]
     if len(directories) > 1:
         raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
-    if not directories or not directories[0]:
+    words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
+    options = typed({name.lstrip("-"): value for name, value in docopt.docopt(docopt_text(doc), words, False).items()})
+    if not options.directory:
         raise SystemExit(complain("please specify a spool directory"))
-    return typed({name.lstrip("-"): value for name, value in docopt.docopt(docopt_text(doc), words, False).items()})
+    return options
 
 
 def typed(found):
@@ -350,7 +356,9 @@ class BadMessage(Exception):
 
 
 FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")  # RFC 5322 2.2, and 4.5's space before the colon
-UNQUOTED_NAME = re.compile(r'("(?:[^"\\]|\\.)*")|([^\s,:;<>"()]+@[^\s,:;<>"()]+)(?=\s*<)')
+UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, and an open quotation ends the text
+    r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|(?<![^\s,:;<>"()])((?=[^\s,:;<>"()@]+@)[^\s,:;<>"()]+)(?=\s*<)'
+)
 ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 PLAIN = re.compile(rf"([A-Za-z0-9 ]*<)?({ATOM}(?:\.{ATOM})*@[\w-]+(?:\.[\w-]+)*)(?(1)>)", re.ASCII)
 QUOTED_LOCAL = re.compile(r'"(?:[^"\\<>\x00-\x1f\x7f]|\\[ -;=?-~])+"')
@@ -365,7 +373,8 @@ def unix_lines(read, octets=CHUNK):
     while data := read(octets):
         data = held + data
         held = b"\r" if data.endswith(b"\r") else b""
-        yield (data[:-1] if held else data).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        if text := (data[:-1] if held else data).replace(b"\r\n", b"\n").replace(b"\r", b"\n"):
+            yield text
     if held:
         yield b"\n"
 
@@ -456,7 +465,12 @@ def wire_address(address):
     What is not ASCII in the result needs SMTPUTF8 (RFC 6531). Raises ValueError for an impossible domain.
     """
     local, at, domain = address.rpartition("@")
-    return address if address.isascii() else local + at + domain.encode("idna").decode("ascii")
+    if address.isascii() or not at:
+        return address
+    wire = domain.encode("idna").decode("ascii")
+    if not DOMAIN.fullmatch(wire):  # IDNA makes ASCII of some letters that look like it, brackets and spaces among them
+        raise ValueError(f"it means {json.dumps(wire)}")
+    return local + at + wire
 
 
 class Message:
@@ -650,14 +664,14 @@ def postponed(recipient, error):
 
 def deferred(recipient, error, now):
     """Back to waiting, an attempt the worse."""
+    move(recipient, WAITING, error)
     recipient["Attempts"] += 1
     recipient["NextAttempt"] = format_time(now + retry_delay(recipient["Attempts"]))
-    move(recipient, WAITING, error)
 
 
 def gave_up(recipient, error):
-    recipient["Attempts"] += 1
     move(recipient, GIVEN_UP, error or "given up")
+    recipient["Attempts"] += 1
 
 
 def requeue(envelope, now):
@@ -700,11 +714,31 @@ def recipient_problem(recipient):
 
 def merge(edited, live, done):
     """The edited entry, with what happened since it was written: recipients that are in flight in the live
-    entry, and those whose address is in done (delivered since), stay as the live one has them."""
-    kept = {r["Address"]: r for r in recipients(live) if state(r) == IN_FLIGHT or r["Address"] in done}
+    entry, and those whose address is in done (delivered since), stay as the live one has them.
+
+    Every recipient of the live entry stays the same dict, since the mail's greenlet may hold it.
+    """
+    known = {}
+    for recipient in recipients(live):
+        known.setdefault(recipient["Address"], deque()).append(recipient)
+
+    def is_fixed(recipient):
+        return state(recipient) == IN_FLIGHT or recipient["Address"] in done
+
+    def merged(recipient):
+        if not known.get(recipient["Address"]):
+            return recipient
+        same = known[recipient["Address"]].popleft()
+        if not is_fixed(same):
+            same.clear()
+            same.update(recipient)
+        return same
+
     for key in FIELDS:
-        edited[key] = [kept.pop(r["Address"], r) for r in edited.get(key) or ()]
-        edited[key] += [r for r in live.get(key) or () if kept.pop(r["Address"], None)]
+        edited[key] = [merged(recipient) for recipient in edited.get(key) or ()]
+    unnamed = {id(recipient) for left in known.values() for recipient in left if is_fixed(recipient)}
+    for key in FIELDS:
+        edited[key] += [recipient for recipient in live.get(key) or () if id(recipient) in unnamed]
     return edited
 
 
@@ -782,7 +816,7 @@ class Status:
         self.entries = {}
         self.thawed = gevent.event.Event()  # clear while suspended: nothing is written
         self.thawed.set()
-        self.since_save = {}  # path -> addresses delivered since the last save; None: the entry is gone
+        self.since_save = {}  # path -> addresses delivered since the last save; None: its mail in the file is gone
         self.wanted = gevent.event.Event()
         self.urgent = gevent.event.Event()
         self._saved = gevent.event.Event()
@@ -830,7 +864,8 @@ class Status:
 
     def commit_deliveries(self, path):
         """commit(), if the file may not know yet of one of this mail's deliveries."""
-        if self.since_save.get(path) or self._in_save.get(path):
+        news = [since.get(path, ()) for since in (self.since_save, self._in_save)]
+        if any(done or done is None for done in news):
             self.commit()
 
     def drop(self, path):
@@ -841,7 +876,6 @@ class Status:
     def rename(self, old, new):
         envelope = self.peek(old)
         self.drop(old)
-        self.since_save.pop(new, None)
         self.put(new, pack(new, envelope))
         return envelope
 
@@ -856,14 +890,16 @@ class Status:
 
         Entries that are not in the file stay, as in the original. Raises CorruptStatus, OSError and changes nothing.
         """
-        for path, packed in {path: arrived(path, envelope) for path, envelope in read_status(self.path)}.items():
+        with self._writing:  # what a write took with it is in the file then, or in since_save again
+            entries = {path: arrived(path, envelope) for path, envelope in read_status(self.path)}
+        for path, packed in entries.items():
             self._reload_entry(path, packed)
         self.changed()
 
     def _reload_entry(self, path, packed):
         done, live = self.since_save.get(path, ()), self.entries.get(path)
-        if done is None and live is None:
-            return  # settled since
+        if done is None:
+            return  # that mail was settled since, even if there is another one of its name
         if live is None or not (done or isinstance(live, dict)):
             self.entries[path] = packed
         elif not envelope_problem(envelope := unpack(packed)):
@@ -906,7 +942,9 @@ class Status:
         return [b"{\n", b",\n".join(packed), b"\n}\n"] if packed else [b"{}\n"]
 
     def _failed(self, error):
-        self.since_save = {**self._in_save, **self.since_save}
+        for path, done in self._in_save.items():
+            later = self.since_save.get(path, set())
+            self.since_save[path] = None if done is None or later is None else done | later
         self.wanted.set()
         if self._complaint != describe(error):
             self._complaint = describe(error)
@@ -950,7 +988,9 @@ def hidden(path, suffix):
 def write_durably(path, chunks):
     """Replace a file's content so that a crash leaves the old one or the new one, whole. Mode 0600."""
     temporary = hidden(path, ".new")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with contextlib.suppress(FileNotFoundError):  # left by a crash, or somebody's trap
+        os.unlink(temporary)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with open(handle, "wb") as file:
         file.writelines(chunks)
         file.flush()
@@ -2175,7 +2215,8 @@ class Turnstile:
 
     def _append(self, line, durable):
         file, self._lines = self._file, self._lines + 1
-        file.write(line.encode())
+        if file.write(line.encode()) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if durable:
             gevent.get_hub().threadpool.apply(sync, (file,))
 
@@ -2238,7 +2279,7 @@ def line_of(path, envelope, since):
     everybody = recipients(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     failed = [recipient for recipient in everybody if recipient["Status"] == 2 and recipient["Error"]]
-    shown = min(left, key=lambda r: r["NextAttempt"]) if left else failed[0] if failed else None
+    shown = min(left, key=lambda r: parse_time(r["NextAttempt"])) if left else failed[0] if failed else None
     kind = kind_of(envelope, left, failed)
     due = parse_time(shown["NextAttempt"]) if left else math.inf
     error = envelope.get("Error") or (shown["Error"] if shown else "")
@@ -2890,6 +2931,8 @@ class Spooler:
         batch, most = [], min(RECIPIENTS_PER_TRANSACTION, self.turnstile.rate.most)
         while due and len(batch) < most:
             recipient = due.popleft()
+            if state(recipient) != WAITING:  # the status file was edited and reloaded meanwhile
+                continue
             if problem := address_problem(recipient["Address"]):
                 begin(recipient)
                 self.give_up(path, recipient, f"553 5.1.3 not sent: {problem}")
