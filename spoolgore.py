@@ -3162,11 +3162,11 @@ def serve(options):
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_is_up)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
+    set_up_signals(spooler)
     log.info("--- starting Spoolgore (pid: %d) on directory %s ---", os.getpid(), options.directory)
     load_status(status, time.time())
     turnstile.load()
     raise_descriptor_limit()
-    set_up_signals(spooler)
     gc.freeze()  # what is there now stays: the collector need not look at it again
     with progress_on_terminal(spooler) if options.once and sys.stderr.isatty() else contextlib.nullcontext():
         return spooler.run()
