@@ -749,11 +749,27 @@ class CorruptStatus(Exception):
     """The status file is not what it should be; the text says where."""
 
 
+TALL = json.JSONEncoder(separators=(",\n\t\t\t\t", ": "))  # what indent gives, but from the encoder in C
+
+
 def pack(path, envelope):
     """An entry as its line and those below it in the status file. Packed entries are small, cost the garbage
     collector nothing, and make a write of the file one join."""
-    text = json.dumps(envelope, indent="\t").replace("\n", "\n\t")
+    if isinstance(envelope, dict):
+        lines = [f"\n\t\t{json.dumps(key)}: {packed_value(value)}" for key, value in envelope.items()]
+        text = f"{{{','.join(lines)}\n\t}}"
+    else:
+        text = json.dumps(envelope)
     return f"\t{json.dumps(path)}: {text}".encode()
+
+
+def packed_value(value):
+    """Indented if it is a list of recipients; only white space depends on what it is."""
+    text = TALL.encode(value)
+    if not (text.startswith("[{") and text.endswith("}]")):
+        return text
+    inner = text[2:-2].replace("},\n\t\t\t\t{", "\n\t\t\t},\n\t\t\t{\n\t\t\t\t")
+    return f"[\n\t\t\t{{\n\t\t\t\t{inner}\n\t\t\t}}\n\t\t]"
 
 
 def unpack(packed):
