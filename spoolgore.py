@@ -16,30 +16,29 @@ Relay options:
   -smtpaddr ADDR         address of the smtp address to use in the addr:port
                          format; "-" prints the mails instead of sending them
                          [default: 127.0.0.1:25]
-  -smtpuser USER         username for smtp plain authentication [default: ]
-  -smtppassword SECRET   password for smtp plain authentication [default: ]
-  -smtpmd5user USER      username for smtp cram md5 authentication [default: ]
+  -smtpuser USER         username for smtp plain authentication
+  -smtppassword SECRET   password for smtp plain authentication
+  -smtpmd5user USER      username for smtp cram md5 authentication
   -smtpmd5password SECRET
-                         password for smtp cram md5 authentication [default: ]
+                         password for smtp cram md5 authentication
   -smtpauth MECHANISM    plain, login, cram-md5 or xoauth2, instead of what the
-                         user flag means [default: ]
+                         user flag means
   -smtppasswordcommand COMMAND
                          the first line of this shell command's output is the
-                         password or the OAuth 2 token [default: ]
+                         password or the OAuth 2 token
   -tls MODE              auto (STARTTLS if offered, smtps on port 465),
                          starttls (required), smtps or off [default: auto]
   -tlsca FILE            trust the certificates in this PEM file instead of the
-                         system's [default: ]
+                         system's
   -tlscert FILE          PEM file with a client certificate and its key
-                         [default: ]
   -helo NAME             name to say in EHLO; this machine's if it has a full
-                         one, else its address [default: ]
+                         one, else its address
   -concurrency N         mails in flight at once, and so the most connections
                          [default: 100]
   -timeout SECONDS       how long the relay may take over one command; 600 for
                          its answer to a whole mail [default: 60]
   -rate LIMITS           at most so many recipients: N/s, N/m, N/h, N/d, or
-                         several of them with commas [default: ]
+                         several of them with commas
 
 Queue options:
   -freq SECONDS          frequency of spool directory scans (seconds); new
@@ -54,7 +53,7 @@ Queue options:
 
 Status options:
   -json PATH             path of the json status file; .spoolgore.js in the
-                         spool directory if empty [default: ]
+                         spool directory if empty
   -status                print how the spool is doing and exit: 0, or 1 when no
                          daemon runs or a mail was given up
 
@@ -313,7 +312,8 @@ def parse_options(argv, doc=None):
     if len(directories) > 1:
         raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
-    options = typed({name.lstrip("-"): value for name, value in docopt.docopt(docopt_text(doc), words, False).items()})
+    found = docopt.docopt(docopt_text(doc), words, False)
+    options = typed({name.lstrip("-"): "" if value is None else value for name, value in found.items()})
     if not options.directory:
         raise SystemExit(complain("please specify a spool directory"))
     return options
