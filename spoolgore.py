@@ -1166,7 +1166,7 @@ class Spool:
 
     def lock(self):
         """Make this process the only one that sends from here. Raises Locked, OSError."""
-        handle = os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        handle = self._open_lock()
         try:
             if fcntl:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1179,6 +1179,12 @@ class Spool:
         previous, self._lock = self._lock, handle
         if previous is not None:
             os.close(previous)
+
+    def _open_lock(self):
+        try:
+            return os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:  # people know the directory, not the lock
+            raise OSError(error.errno, error.strerror, self.directory) from None
 
     def still_locked(self):
         """Whether the directory is the one that was locked: it may have been removed and made again."""
