@@ -2598,6 +2598,9 @@ class Spooler:
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         self.close_watch()
+        if self.suspended and self.status.wanted.is_set():  # what was delivered since, and what was edited
+            self.read_status_again()
+            self.status.thaw()
         self.status.save()
         self.relay.close()
         log.info("stopped (%d messages in the queue)", self.queued())
@@ -2641,6 +2644,11 @@ class Spooler:
         self.relay.poke()
 
     def reload(self):
+        self.read_status_again()
+        self.queue_again()
+        self.resume()
+
+    def read_status_again(self):
         try:
             self.status.reload()
             log.info("status reloaded")
@@ -2648,8 +2656,6 @@ class Spooler:
             set_aside(self.status, error, self.clock())
         except OSError as error:
             log.error("status not reloaded, %s", describe(error))
-        self.queue_again()
-        self.resume()
 
     def flush(self):
         self.queue_again()
@@ -2990,7 +2996,7 @@ class Spooler:
             outcomes = self.relay.send(message.sender, addresses, message)
         except RelayDown as error:
             self.turnstile.end(turn, went_out=False)
-            put_back(batch, str(error))
+            put_back(batch, "" if self.stopping else str(error))
             raise
         except gevent.GreenletExit:
             put_back(batch, "stopped in the middle of a transaction: the mail may have arrived")
@@ -3099,9 +3105,9 @@ def age_key(path):
 
 
 def put_back(batch, error):
-    """Recipients that were not asked about wait as before."""
+    """Recipients that were not asked about wait as before; without an error they keep the one that they had."""
     for recipient in batch:
-        postponed(recipient, error)
+        postponed(recipient, error or recipient["Error"])
 
 
 def set_aside(status, error, now):
