@@ -2887,7 +2887,7 @@ class Spooler:
         if not self.owns(mail):
             return self.later(mail.path, self.clock() + max(1, self.options.freq))
         try:
-            message = Message(mail.file, mail.size)
+            message = read_message(mail)
         except BadMessage as error:
             return self.hold(mail.path, seen, f"unable to parse mail file, {error}")
         except OSError as error:
@@ -3094,6 +3094,14 @@ class Spooler:
     def unsay(self, subject, text):
         if self.said.pop(subject, None):
             log.info("%s", text)
+
+
+def read_message(mail):
+    """The Message of a claimed mail. A large one is read in a thread: a header of some MB takes seconds to parse, in
+    which nobody else would be served. Raises BadMessage, OSError."""
+    if mail.size < CHUNK:
+        return Message(mail.file, mail.size)
+    return gevent.get_hub().threadpool.apply(Message, (mail.file, mail.size))
 
 
 def age_key(path):
