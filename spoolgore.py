@@ -2963,7 +2963,7 @@ class Spooler:
                 continue
             if problem := address_problem(recipient["Address"]):
                 begin(recipient)
-                self.give_up(path, recipient, f"553 5.1.3 not sent: {problem}")
+                self.give_up(path, recipient, f"553 5.1.3 not sent: {problem}", "bad address")
             else:
                 batch.append(recipient)
         return batch
@@ -3017,19 +3017,19 @@ class Spooler:
             delivered(recipient)
             self.status.delivered(path, address)
             log.info("%s successfully sent to %s", path, address)
-        elif recipient["Attempts"] + 1 >= self.options.attempts or (
-            verdict is Verdict.REFUSED and self.options.fail5xx
-        ):
+        elif recipient["Attempts"] + 1 >= self.options.attempts:
             self.give_up(path, recipient, text)
+        elif verdict is Verdict.REFUSED and self.options.fail5xx:
+            self.give_up(path, recipient, text, "permanent SMTP error")
         else:
             deferred(recipient, text, self.clock())
             log.error("%s SMTP error, mail to %s %s", path, address, text)
         return verdict is Verdict.AGAIN
 
-    def give_up(self, path, recipient, text):
+    def give_up(self, path, recipient, text, reason="max SMTP attempts reached"):
         gave_up(recipient, text)
         log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], text)
-        log.error("%s max SMTP attempts reached for %s ... giving up", path, recipient["Address"])
+        log.error("%s %s for %s ... giving up", path, reason, recipient["Address"])
 
     # -- settling
 
