@@ -18,12 +18,17 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 from bisect import bisect_left
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address
 from pathlib import Path
 
 import aiosmtpd.controller
@@ -31,8 +36,11 @@ import aiosmtpd.smtp
 import dkim
 import gevent
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -146,8 +154,9 @@ class Daemon:
 class Received:
     """A mail as a relay received it."""
 
-    def __init__(self, sender, recipients, content):
+    def __init__(self, sender, recipients, content, session=None):
         self.sender, self.recipients, self.content = sender, list(recipients), content
+        self.session = session  # aiosmtpd's
 
     def __repr__(self):
         return f"<{self.sender} {self.recipients} {len(self.content)} octets>"
@@ -171,7 +180,7 @@ class Recorder:
 
     async def handle_DATA(self, server, session, envelope):
         if self.data_reply.startswith("250"):
-            self.mails.add(Received(envelope.mail_from, envelope.rcpt_tos, envelope.original_content))
+            self.mails.add(Received(envelope.mail_from, envelope.rcpt_tos, envelope.original_content, session))
         return self.data_reply
 
 
@@ -2333,6 +2342,538 @@ def test_when_progress_has_the_next_word():
 
 
 # --------------------------------------------------------------- TLS and logins
+
+SYSTEM_PATH = os.pathsep.join(
+    [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
+)
+
+
+def demand(*programs, root=False):
+    """The programs' paths. Without one of them the test is skipped, or fails where everything must be there (CI)."""
+    found = [shutil.which(program, path=SYSTEM_PATH) for program in programs]
+    lacking = [program for program, path in zip(programs, found) if not path]
+    lacking += ["root"] if root and os.geteuid() != 0 else []
+    if lacking:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {' and '.join(lacking)}")
+    return found
+
+
+class Authority:
+    """A certificate authority. Its certificates and keys are PEM files in a directory."""
+
+    def __init__(self, directory, name):
+        self.directory, self.key = Path(directory), ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.path = self.directory / f"{name}.pem"
+        self.path.write_bytes(self._certificate(self.name, self.key, ca=True).public_bytes(Encoding.PEM))
+
+    def _certificate(self, name, key, names=(), ca=False, age=0):
+        born = datetime.now(timezone.utc) - timedelta(days=age + 1)
+        usage = dict.fromkeys(
+            ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"), False
+        )
+        usage.update(encipher_only=False, decipher_only=False, digital_signature=not ca, key_cert_sign=ca)
+        builder = (
+            x509.CertificateBuilder(self.name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(born)
+            .not_valid_after(born + timedelta(days=30))
+            .add_extension(x509.BasicConstraints(ca, None), critical=True)
+            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(self.key, hashes.SHA256())
+
+    def issue(self, name, *hosts, age=0):
+        """The path of a file with a new certificate for some hosts and its key; age: days since its issue."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = [x509.IPAddress(ip_address(h)) if h[-1].isdigit() or ":" in h else x509.DNSName(h) for h in hosts]
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        certificate = self._certificate(subject, key, names, age=age)
+        path = self.directory / f"{name}.pem"
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        path.write_bytes(private + certificate.public_bytes(Encoding.PEM))
+        return path
+
+
+class Certificates:
+    """What the tests encrypt with."""
+
+    def __init__(self, directory):
+        self.authority, self.other = Authority(directory, "authority"), Authority(directory, "other")
+        self.ca = self.authority.path
+        self.good = self.authority.issue("good", "localhost", "127.0.0.1", "::1")
+        self.client = self.authority.issue("client")
+        self.bad = {
+            "certificate verify failed: unable to get local issuer certificate": self.other.issue(
+                "foreign", "localhost"
+            ),
+            "certificate verify failed: certificate has expired": self.authority.issue("expired", "localhost", age=60),
+            "Hostname mismatch, certificate is not valid for 'localhost'": self.authority.issue("named", "example.org"),
+            "certificate verify failed: self-signed certificate": self._self_signed(directory),
+        }
+
+    @staticmethod
+    def _self_signed(directory):
+        alone = Authority(directory, "alone")
+        certificate = alone._certificate(alone.name, alone.key, [x509.DNSName("localhost")])
+        private = alone.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        alone.path.write_bytes(private + certificate.public_bytes(Encoding.PEM))
+        return alone.path
+
+    def server(self, path=None, **options):
+        """A server's context with one of the certificates."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path or self.good)
+        for name, value in options.items():
+            setattr(context, name, value)
+        return context
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+class Postfix:
+    """Postfix, with Dovecot to check its logins, on ports of its own; what it accepts arrives in an inbox."""
+
+    SUBMISSION = "-o smtpd_tls_security_level=may -o smtpd_tls_auth_only=yes -o smtpd_sasl_auth_enable=yes"
+    LOGGED_IN = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject"
+    SERVICES = {  # what smtpd is told, for each of the ports
+        "plain": "",
+        "unsized": "-o smtpd_discard_ehlo_keywords=size",
+        "bare": "-o smtpd_discard_ehlo_keywords=size,chunking,pipelining,8bitmime,smtputf8,enhancedstatuscodes,dsn",
+        "submission": f"{SUBMISSION} {LOGGED_IN}",
+        "in_the_clear": f"-o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
+        "smtps": f"-o smtpd_tls_wrappermode=yes -o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
+        "by_certificate": "-o smtpd_tls_security_level=encrypt -o smtpd_tls_req_ccert=yes",
+    }
+    QUEUES = ["active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "pid"]
+    QUEUES += ["private", "public", "saved", "trace"]
+    MAIN = """
+        compatibility_level = 3.6
+        queue_directory = {directory}/queue
+        data_directory = {directory}/data
+        maillog_file = {directory}/log
+        maillog_file_prefixes = {directory}
+        myhostname = postfix.example.org
+        inet_interfaces = 127.0.0.1
+        mydestination =
+        alias_maps =
+        local_recipient_maps =
+        local_header_rewrite_clients =
+        relayhost = [127.0.0.1]:{inbox}
+        smtp_tls_security_level = none
+        smtp_line_length_limit = 0
+        default_destination_recipient_limit = 1000
+        message_size_limit = 300000
+        smtpd_sasl_type = dovecot
+        smtpd_sasl_path = {directory}/dovecot/sasl
+        smtpd_tls_chain_files = {good}
+        smtpd_tls_CAfile = {ca}
+        smtpd_helo_required = yes
+        smtpd_helo_restrictions = reject_invalid_helo_hostname, reject_non_fqdn_helo_hostname
+        smtpd_sender_restrictions = reject_unauth_pipelining
+        smtpd_recipient_restrictions = check_recipient_access inline:{{
+            {{ refused@example.org = 550 5.7.1 not him }}, {{ later@example.org = 450 4.2.1 not now }} }}
+        smtpd_data_restrictions = reject_unauth_pipelining
+        smtpd_error_sleep_time = 0
+    """
+    MASTER = """
+        cleanup unix n - n - 0 cleanup
+        qmgr unix n - n 300 1 qmgr
+        rewrite unix - - n - - trivial-rewrite
+        bounce unix - - n - 0 bounce
+        defer unix - - n - 0 bounce
+        trace unix - - n - 0 bounce
+        smtp unix - - n - - smtp
+        anvil unix - - n - 1 anvil
+        tlsmgr unix - - n 1000? 1 tlsmgr
+        scache unix - - n - 1 scache
+        postlog unix-dgram n - n - 1 postlogd
+    """
+    DOVECOT = """
+        protocols =
+        base_dir = {directory}/dovecot
+        log_path = {directory}/log.dovecot
+        ssl = no
+        auth_mechanisms = plain login cram-md5 xoauth2
+        auth_failure_delay = 0
+        passdb {{
+          driver = passwd-file
+          args = {directory}/users
+        }}
+        service auth {{
+          unix_listener sasl {{
+            mode = 0666
+          }}
+        }}
+        service anvil {{
+          unix_listener anvil-auth-penalty {{
+            mode = 0
+          }}
+        }}
+    """
+
+    UNTIL_WE_END = 'setsid "$@" & read -r _; kill $!; wait $!'  # even if we are killed: that ends its standard input
+
+    def __init__(self, directory, certificates):
+        self.directory, self.processes = Path(directory), []
+        self.inbox = ScriptedRelay(("PIPELINING", "8BITMIME"))
+        self.ports = dict(zip(self.SERVICES, free_ports(len(self.SERVICES))))
+        self.words = {
+            "directory": directory,
+            "inbox": self.inbox.port,
+            "ca": certificates.ca,
+            "good": certificates.good,
+        }
+
+    def start(self):
+        master, dovecot, _ = demand("master", "dovecot", "setsid", root=True)
+        listeners = [
+            f"127.0.0.1:{self.ports[name]} inet n - n - - smtpd {more}" for name, more in self.SERVICES.items()
+        ]
+        for name, text in {
+            "main.cf": self.MAIN,
+            "master.cf": "\n".join([*listeners, textwrap.dedent(self.MASTER)]),
+            "dovecot.conf": self.DOVECOT,
+            "users": "app:{{PLAIN}}s3cret-ü",
+        }.items():
+            (self.directory / name).write_text(textwrap.dedent(text).format(**self.words), "utf-8")
+        for name in ("data", "queue", *(f"queue/{name}" for name in self.QUEUES)):
+            (self.directory / name).mkdir()
+            if name not in ("queue", "queue/pid"):
+                shutil.chown(self.directory / name, "postfix")
+        for command in ([dovecot, "-F", "-c", self.directory / "dovecot.conf"], [master, "-d", "-c", self.directory]):
+            self.processes.append(
+                subprocess.Popen(["sh", "-c", self.UNTIL_WE_END, "sh", *command], stdin=subprocess.PIPE)
+            )
+        for port in self.ports.values():
+            wait_until(lambda port=port: answers("127.0.0.1", port), f"Postfix: {self.log()}")
+        wait_until((self.directory / "dovecot" / "sasl").exists, "Dovecot")
+
+    def stop(self):
+        self.inbox.stop()
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait(PATIENCE)
+
+    def at(self, service, host="localhost"):
+        return f"{host}:{self.ports[service]}"
+
+    def wait_for(self, recipient):
+        """The mail that arrived for a recipient."""
+        return self.inbox.mails.wait_for(1, lambda mail: recipient in mail.recipients)[0]
+
+    def log(self):
+        path = self.directory / "log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_log(self, pattern):
+        """The first line of the log that has a match of the pattern."""
+        return wait_until(lambda: re.search(rf"(?m)^.*{pattern}.*$", self.log()), pattern)[0]
+
+
+def free_ports(count):
+    """Ports that nobody listens on, all different."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [sock.getsockname()[1] for sock in socks]
+
+
+def answers(host, port):
+    with contextlib.suppress(OSError), socket.create_connection((host, port), PATIENCE):
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def postfix(certificates):
+    directory = Path(tempfile.mkdtemp(prefix="spoolgore-postfix-"))  # Postfix's user may not enter pytest's directories
+    directory.chmod(0o755)
+    server = Postfix(directory, certificates)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+def only_recipient(daemon):
+    """The only recipient of the only entry in the status file."""
+    (entry,) = daemon.status().values()
+    (recipient,) = [recipient for key in ("To", "Cc", "Bcc") for recipient in entry[key]]
+    return recipient
+
+
+def assert_relay_at_fault(daemon, text):
+    """The mail waits, no attempt was counted, and its entry and the log say what was wrong with the relay."""
+    assert daemon.status_code == 75, daemon.lines
+    recipient = only_recipient(daemon)
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert text in recipient["Error"]
+    assert any(line.startswith("relay unavailable, ") and text in line for line in daemon.lines), daemon.lines
+    assert len(names(daemon.spool)) == 1
+
+
+def dial(address, *flags, environ=()):
+    """A Connection that is open and logged in, by the flags. Raises OSError."""
+    options = options_of("-timeout", str(PATIENCE), "-helo", "app.example.org", "-smtpaddr", address, *flags, "spool")
+    security = spoolgore.Security(options, dict(environ))
+    return spoolgore.Connection(options.smtpaddr[0], options.timeout).dial(security)
+
+
+@pytest.fixture
+def relay_with():
+    """A function that starts aiosmtpd with some options; all are stopped in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def starter(**options):
+            controller = Relay(**options)
+            controller.start()
+            stack.callback(controller.stop)
+            return controller
+
+        yield starter
+
+
+@pytest.mark.parametrize(
+    "mode, kind, encrypted",
+    [
+        ("auto", "starttls", True),
+        ("auto", "plain", False),
+        ("starttls", "starttls", True),
+        ("smtps", "smtps", True),
+        ("off", "starttls", False),
+    ],
+)
+def test_each_mode_of_tls(spool, run, relay_with, certificates, mode, kind, encrypted):
+    context = {"starttls": "tls_context", "smtps": "ssl_context"}.get(kind)
+    relay = relay_with(**({context: certificates.server()} if context else {}))
+    put(spool, "m1", mail())
+    daemon = run("-once", "-tls", mode, "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert (kind == "smtps" or relay.mails[0].session.ssl is not None) == encrypted
+
+
+@pytest.mark.parametrize(
+    "mode, kind, text", [("starttls", "plain", "does not offer STARTTLS"), ("smtps", "plain", "SSL")]
+)
+def test_tls_that_the_relay_has_not(spool, run, relay, mode, kind, text):
+    put(spool, "m1", mail())
+    assert_relay_at_fault(run("-once", "-tls", mode, "-smtpaddr", relay.address), text)
+    assert relay.mails == []
+
+
+def test_port_465_means_tls_from_the_first_byte_in_auto_mode_only():
+    def implicit(mode, port):
+        security = spoolgore.Security(options_of("-tls", mode, "spool"), {})
+        return security.implicit_tls(spoolgore.Address("relay.example.org", port))
+
+    modes = ("auto", "starttls", "smtps", "off")
+    assert [implicit(mode, 465) for mode in modes] == [True, False, True, False]
+    assert [implicit(mode, 587) for mode in modes] == [False, False, True, False]
+
+
+def test_relays_are_always_verified_with_tls_1_2_at_least(certificates):
+    for argv in ([], ["-tlsca", str(certificates.ca)], ["-tls", "smtps"]):
+        context = spoolgore.tls_context(options_of(*argv, "spool"))
+        assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
+        assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+
+
+@pytest.mark.parametrize("kind", ["starttls", "smtps"])
+@pytest.mark.parametrize("number", range(4))
+def test_a_certificate_that_is_no_good(relay_with, certificates, kind, number):
+    text, path = list(certificates.bad.items())[number]
+    relay = relay_with(**{{"starttls": "tls_context", "smtps": "ssl_context"}[kind]: certificates.server(path)})
+    with pytest.raises(OSError, match=text):
+        dial(f"localhost:{relay.port}", "-tls", kind, "-tlsca", str(certificates.ca))
+
+
+def test_a_private_authority_is_not_trusted_unless_it_is_named(spool, run, relay_with, certificates):
+    relay = relay_with(tls_context=certificates.server())
+    put(spool, "m1", mail())
+    assert_relay_at_fault(
+        run("-once", "-smtpaddr", relay.address), "certificate verify failed: unable to get local issuer"
+    )
+    flags = ["-once", "-smtpaddr", relay.address, "-tlsca", certificates.ca]
+    assert run(*flags).status_code == 0 and len(relay.mails) == 1
+
+
+@pytest.mark.parametrize("flag", ["tlsca", "tlscert"])
+@pytest.mark.parametrize("content", [None, "nonsense\n"])
+def test_a_file_that_is_no_certificate_is_refused_at_the_start(spool, tmp_path, flag, content):
+    path = tmp_path / "file.pem"
+    if content:
+        path.write_text(content)
+    done = spoolgore_run(f"-{flag}", path, spool)
+    assert done.returncode == 2 and f'invalid value "{path}" for flag -{flag}: ' in done.stderr.splitlines()[0]
+
+
+def speak_tls(conversation, context):
+    """Go on encrypted: whatever was written before, and what was read, is done with."""
+    conversation.flush()
+    conversation.sock = context.wrap_socket(conversation.sock, server_side=True)
+
+
+def offer_starttls(conversation, context, reply=b"220 go ahead\r\n"):
+    """Up to and with STARTTLS."""
+    conversation.relay.extensions = ("STARTTLS",)
+    conversation.greet()
+    while conversation.line() != b"STARTTLS":
+        conversation.on_EHLO(b"EHLO")
+    conversation.send(reply)
+    conversation.relay.extensions = ("8BITMIME",)
+    speak_tls(conversation, context)
+
+
+def test_what_comes_before_the_handshake_is_thrown_away(spool, run, scripted, certificates):
+    def serve(conversation):
+        offer_starttls(conversation, certificates.server(), b"220 go ahead\r\n250 injected\r\n")
+        while conversation.command():
+            pass
+
+    relay = scripted(serve=serve)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(relay.mails.items) == 1
+    (conversation,) = relay.connections.items
+    assert [line[:4].upper() for line in conversation.commands[:4]] == [b"EHLO", b"STAR", b"EHLO", b"MAIL"]
+    assert b"BODY=8BITMIME" in conversation.commands[3]  # offered after the handshake only
+
+
+def test_starttls_that_is_refused_is_no_reason_to_go_on_in_the_clear(spool, run, scripted):
+    relay = scripted(["STARTTLS", "AUTH PLAIN"])
+    relay.replies = {"STAR": b"454 4.7.0 TLS not available\r\n"}
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", relay.address)
+    assert_relay_at_fault(daemon, "454 4.7.0 TLS not available")
+    assert [line[:4].upper() for line in relay.connections.items[0].commands] == [b"EHLO", b"STAR"]
+
+
+def test_a_handshake_that_does_not_come(spool, run, scripted):
+    relay = scripted(serve=lambda conversation: conversation.receive() or conversation.receive())
+    put(spool, "m1", mail())
+    daemon = run("-once", "-timeout", 1, "-tls", "smtps", "-smtpaddr", relay.address)
+    assert_relay_at_fault(daemon, "timed out")
+
+
+# -- Postfix
+
+
+def test_postfix_wants_a_client_certificate(spool, run, postfix, certificates):
+    put(spool, "m1", mail("certified@example.org"))
+    flags = ["-once", "-tlsca", certificates.ca, "-smtpaddr", postfix.at("by_certificate")]
+    assert_relay_at_fault(run(*flags), "")
+    assert run(*flags, "-tlscert", certificates.client).status_code == 0
+    assert postfix.wait_for("certified@example.org")
+
+
+@pytest.mark.parametrize(
+    "flags, service, method",
+    [
+        (["-smtpuser", "app"], "submission", "PLAIN"),
+        (["-smtpuser", "app"], "smtps", "PLAIN"),
+        (["-smtpuser", "app"], "in_the_clear", "PLAIN"),
+        (["-smtpuser", "app", "-smtpauth", "login"], "submission", "LOGIN"),
+        (["-smtpuser", "app", "-smtpauth", "cram-md5"], "in_the_clear", "CRAM-MD5"),
+        (["-smtpmd5user", "app"], "submission", "CRAM-MD5"),
+        (["-smtpmd5user", "app", "-smtpauth", "plain"], "submission", "PLAIN"),
+        (["-smtpuser", "app", "-smtpauth", "xoauth2"], "smtps", "XOAUTH2"),
+    ],
+)
+def test_every_login_at_postfix(postfix, certificates, flags, service, method):
+    recipient = f"{method}.{service}.{len(flags)}@example.org".lower()
+    environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret-ü", "SPOOLGORE_SMTPMD5PASSWORD": "s3cret-ü"}
+    flags = [*flags, "-tlsca", str(certificates.ca), "-tls", "smtps" if service == "smtps" else "auto"]
+    connection = dial(postfix.at(service), *flags, environ=environ)
+    outcomes = connection.transact("app@example.org", [recipient], read_message(mail(recipient).encode()))
+    connection.quit_politely()
+    assert outcomes[recipient].verdict is spoolgore.Verdict.DELIVERED
+    name = re.search(rf"(\w+): to=<{recipient}>", postfix.wait_for_log(f"to=<{recipient}>"))[1]
+    assert f"sasl_method={method}, sasl_username=app" in postfix.wait_for_log(f"{name}: client=")
+
+
+# -- CHUNKING, PIPELINING and SIZE at Postfix
+
+AWKWARD = (
+    b"X-Long: " + b"folded\n\t" * 5 + b"end\n" + b"Content-Type: text/plain; charset=utf-8\n\n"
+    b".\n..\n.dots\n\nGr\xc3\xbc\xc3\x9fe\n" + b"x" * 5000 + b"\n\n \ntrailing  \n\xff\xfe\n.\n"
+)
+
+
+@pytest.mark.parametrize("service", ["plain", "unsized", "bare"])
+@pytest.mark.parametrize("size", [0, 200_000])
+def test_a_mail_arrives_at_postfix_byte_for_byte(spool, run, postfix, service, size):
+    recipient = f"bytes.{service}.{size}@example.org"
+    text = mail(recipient, body="", Date="Tue, 24 Nov 2026 07:40:00 +0100").rstrip("\n").encode() + b"\n" + AWKWARD
+    text += b"".join(b".%d\n" % number for number in range(size // 7))
+    put(spool, "m1", text)
+    daemon = run("-once", "-smtpaddr", postfix.at(service))
+    assert daemon.status_code == 0, daemon.lines
+    content = postfix.wait_for(recipient).content
+    assert content.startswith(b"Received: from ")
+    assert content.endswith(b"\r\n" + text.replace(b"\n", b"\r\n"))
+    assert "warning" not in postfix.log() and "improper" not in postfix.log()
+
+
+def test_one_connection_to_postfix_serves_several_mails(spool, start, postfix):
+    daemon = start("-concurrency", 1, "-smtpaddr", postfix.at("plain"))
+    for number in range(4):
+        put(spool, f"m{number}", mail(f"warm{number}@example.org"))
+        postfix.wait_for(f"warm{number}@example.org")
+    daemon.stop()
+    postfix.wait_for_log("disconnect from .* ehlo=1 mail=4 rcpt=4 bdat=4 quit=1 commands=14")
+
+
+@pytest.mark.parametrize("service", ["plain", "bare"])
+def test_postfix_takes_some_recipients_of_a_mail(spool, start, postfix, service):
+    taken = f"taken.{service}@example.org"
+    put(spool, "m1", mail(f"refused@example.org, {taken}, later@example.org"))
+    daemon = start("-smtpaddr", postfix.at(service))
+    assert postfix.wait_for(taken).recipients == [taken]
+    refused = daemon.wait_for_recipient("m1", "refused@example.org", Status=0, Attempts=1)
+    later = daemon.wait_for_recipient("m1", "later@example.org", Status=0, Attempts=1)
+    assert daemon.wait_for_recipient("m1", taken, Status=2, Error="")
+    assert refused["Error"].endswith("<refused@example.org>: Recipient address rejected: not him")
+    assert refused["Error"].startswith("550 " if service == "bare" else "550 5.7.1 ")
+    assert later["Error"].startswith("450 ")
+
+
+def test_postfix_takes_no_recipient_of_a_mail(spool, start, postfix):
+    put(spool, "m1", mail("refused@example.org, later@example.org"))
+    put(spool, "m2", mail("next@example.org"))
+    daemon = start("-concurrency", 1, "-smtpaddr", postfix.at("plain"))
+    assert postfix.wait_for("next@example.org")
+    assert daemon.wait_for_recipient("m1", "refused@example.org", Attempts=1)["Error"].startswith("550 5.7.1 ")
+    daemon.stop()
+    postfix.wait_for_log("ehlo=1 mail=2 rcpt=1/3 bdat=1/2 rset=1 quit=1")
+
+
+@pytest.mark.parametrize(
+    "service, size, text",
+    [
+        ("plain", 400_000, "are over the relay's limit of 300000"),
+        ("unsized", 400_000, "552 "),
+        ("bare", 400_000, "552 "),
+    ],
+)
+def test_a_mail_that_is_too_large_for_postfix(spool, start, postfix, service, size, text):
+    put(spool, "m1", mail(body="0123456789\n" * (size // 11)))
+    put(spool, "m2", mail(f"after.{service}@example.org"))
+    daemon = start("-fail5xx", "-smtpaddr", postfix.at(service))
+    assert postfix.wait_for(f"after.{service}@example.org")
+    daemon.wait_for("/m1 moved to ")
+    daemon.stop()
+    (failed,) = daemon.status().values()
+    assert text in failed["To"][0]["Error"]
 
 
 # -------------------------------------------------------- several relays, rates
