@@ -4,6 +4,7 @@ The pure sections are tested as tables. Everything else starts the script as a u
 SMTP servers: aiosmtpd, Postfix, and where bytes or faults matter a relay that follows a script.
 """
 
+import base64
 import contextlib
 import email
 import email.policy
@@ -2799,6 +2800,195 @@ def test_every_login_at_postfix(postfix, certificates, flags, service, method):
     assert outcomes[recipient].verdict is spoolgore.Verdict.DELIVERED
     name = re.search(rf"(\w+): to=<{recipient}>", postfix.wait_for_log(f"to=<{recipient}>"))[1]
     assert f"sasl_method={method}, sasl_username=app" in postfix.wait_for_log(f"{name}: client=")
+
+
+# -- logins
+
+
+@pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
+def test_login_where_plain_is_not_offered(spool, run, relay_with):
+    class Authenticator:
+        logins = []
+
+        def __call__(self, server, session, envelope, mechanism, data):
+            self.logins.append((mechanism, data.login, data.password))
+            return aiosmtpd.smtp.AuthResult(success=True)
+
+    options = {"authenticator": Authenticator(), "auth_require_tls": False, "auth_exclude_mechanism": ["PLAIN"]}
+    relay = relay_with(**options, auth_required=True)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpuser", "app", "-smtpaddr", relay.address, env={"SPOOLGORE_SMTPPASSWORD": "s3cret"})
+    assert daemon.status_code == 0, daemon.lines
+    assert Authenticator.logins == [("LOGIN", b"app", b"s3cret")] and len(relay.mails) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, offered, text",
+    [
+        (["-smtpuser", "app"], [], "the relay does not offer AUTH PLAIN or LOGIN (it offers none)"),
+        (["-smtpuser", "app"], ["AUTH CRAM-MD5 GSSAPI"], "AUTH PLAIN or LOGIN (it offers cram-md5 gssapi)"),
+        (
+            ["-smtpmd5user", "app"],
+            ["AUTH PLAIN LOGIN"],
+            "the relay does not offer AUTH CRAM-MD5 (it offers plain login)",
+        ),
+        (["-smtpuser", "app", "-smtpauth", "xoauth2"], ["AUTH=PLAIN"], "AUTH XOAUTH2 (it offers plain)"),
+    ],
+)
+def test_a_login_that_is_not_offered(scripted, flags, offered, text):
+    relay = scripted(["8BITMIME", *offered])
+    with pytest.raises(spoolgore.RelayError, match=re.escape(text)):
+        dial(relay.address, *flags, "-smtppassword", "s3cret")
+    assert [line[:4] for line in relay.connections.items[0].commands] == [b"ehlo"]
+
+
+def test_a_password_stays_here_without_tls(spool, run, scripted):
+    relay = scripted(["AUTH PLAIN LOGIN XOAUTH2 CRAM-MD5"])
+    relay.replies = {"AUTH": b"535 5.7.8 no\r\n"}
+    put(spool, "m1", mail())
+    flags = ["-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", f"127.1:{relay.port}"]
+    for mechanism in ("", "xoauth2"):  # 127.1 is 127.0.0.1, but by a name that is not known to be ours
+        assert_relay_at_fault(run(*flags, "-smtpauth", mechanism), "unencrypted connection")
+    assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
+    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "535 5.7.8 no")  # this one does not send it
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+def test_hosts_that_a_password_may_go_to_in_the_clear(host):
+    class Clear:
+        address, encrypted = spoolgore.Address(host, 25), False
+
+    spoolgore.check_secrecy("plain", Clear)
+    Clear.address = spoolgore.Address(f"{host}.example.org", 25)
+    with pytest.raises(spoolgore.RelayError, match="unencrypted connection"):
+        spoolgore.check_secrecy("plain", Clear)
+
+
+@pytest.mark.parametrize(
+    "flags, environ, wanted",
+    [
+        (["-smtpuser=u", "-smtppassword=flag"], {"SPOOLGORE_SMTPPASSWORD": "environment"}, "flag"),
+        (["-smtpuser=u"], {"SPOOLGORE_SMTPPASSWORD": "environment", "SPOOLGORE_SMTPMD5PASSWORD": "no"}, "environment"),
+        (["-smtpmd5user=u"], {"SPOOLGORE_SMTPMD5PASSWORD": "md5", "SPOOLGORE_SMTPPASSWORD": "no"}, "md5"),
+        (["-smtpmd5user=u", "-smtpmd5password=flag"], {"SPOOLGORE_SMTPMD5PASSWORD": "environment"}, "flag"),
+        (["-smtpuser=u", "-smtppasswordcommand=echo command"], {"SPOOLGORE_SMTPPASSWORD": "environment"}, "command"),
+        (["-smtpuser=u", "-smtppassword=flag", "-smtppasswordcommand=echo command"], {}, "flag"),
+        (["-smtpuser=u", "-smtppasswordcommand=printf 'first\\r\\nsecond\\n'"], {}, "first"),
+        (["-smtpuser=u", "-smtppasswordcommand=printf ' a b '"], {}, " a b "),
+        (["-smtpuser=u", "-smtpmd5user=v", "-smtppassword=plain", "-smtpmd5password=md5"], {}, "plain"),
+        (["-smtpuser=u"], {}, ""),
+    ],
+)
+def test_where_the_password_comes_from(flags, environ, wanted):
+    assert spoolgore.Security(options_of(*flags, "spool"), environ).password() == wanted
+
+
+def test_a_token_that_has_run_out_is_asked_for_again(spool, start, scripted, tmp_path):
+    accepted, runs = ["first"], tmp_path / "runs"
+
+    def auth(line):
+        token = base64.b64decode(line.split()[2])
+        return (
+            b"235 fine\r\n"
+            if token == f"user=app\1auth=Bearer {accepted[0]}\1\1".encode()
+            else b"535 5.7.8 expired\r\n"
+        )
+
+    relay = scripted(["AUTH XOAUTH2"])
+    relay.replies = {"AUTH": auth}
+    (tmp_path / "token").write_text("first\n")
+    command = f"echo >> {runs}; cat {tmp_path}/token"
+    start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtpauth", "xoauth2", "-smtppasswordcommand", command)
+    put(spool, "m1", mail())
+    relay.wait_for(1)
+    relay.connections.items[0].close()  # so that there is another login
+    put(spool, "m2", mail())
+    relay.wait_for(2)
+    assert runs.read_text() == "\n"  # the token that worked is kept
+    accepted[0] = "second"
+    (tmp_path / "token").write_text("second\n")
+    relay.connections.items[-1].close()
+    put(spool, "m3", mail())
+    relay.wait_for(3)
+    assert runs.read_text() == "\n\n" and len(relay.connections.items) == 3  # the second try on the same connection
+
+
+@pytest.mark.parametrize(
+    "command, text",
+    [
+        ("echo s3cret; exit 3", "the password command failed with exit status 3"),
+        ("true", "the password command printed nothing"),
+        ("echo; echo s3cret", "the password command printed nothing"),
+        ("/no/such/command", "the password command failed with exit status 127"),
+    ],
+)
+def test_a_password_command_that_is_no_help(command, text):
+    with pytest.raises(spoolgore.RelayError, match=text) as problem:
+        spoolgore.first_line_of(command, PATIENCE)
+    assert "s3cret" not in str(problem.value)
+
+
+def test_a_password_command_that_hangs(spool, run, scripted):
+    relay = scripted(["AUTH PLAIN"])
+    put(spool, "m1", mail())
+    command = "echo s3cret; sleep 600; true"
+    flags = ["-timeout", 1, "-smtpuser", "app", "-smtppasswordcommand", command, "-smtpaddr", relay.address]
+    daemon = run("-once", *flags)
+    assert_relay_at_fault(daemon, "the password command took longer than 1 s")
+    assert "s3cret" not in "".join(daemon.lines) + (spool / ".spoolgore.js").read_text()
+
+
+def test_what_a_password_command_has_started_ends_with_it(tmp_path):
+    pid = tmp_path / "pid"
+    with pytest.raises(spoolgore.RelayError, match="took longer than 0.5 s"):
+        spoolgore.first_line_of(f"sleep 600 & echo $! > {pid}; wait", 0.5)
+
+    def ended():
+        try:
+            return "State:\tZ" in Path(f"/proc/{pid.read_text().strip()}/status").read_text()
+        except FileNotFoundError:
+            return True
+
+    wait_until(ended)
+
+
+@pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "xoauth2"])
+@pytest.mark.parametrize("length", [1000, 60])
+def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, length):
+    def serve(conversation):
+        conversation.greet()
+        conversation.on_EHLO(conversation.line())
+        said.append(conversation.line())
+        for _ in range({"login": 2, "cram-md5": 1}.get(mechanism, 0)):
+            conversation.send(b"334 VXNlcm5hbWU6\r\n")
+            said.append(conversation.line())
+        repeated = b" ".join(said)[:length]
+        conversation.send(b"535-5.7.8 bad: %s\r\n535 5.7.8 of %s\r\n" % (repeated, secret.encode()))
+        conversation.flush()
+
+    said, secret = [], "ya29.a-token_that-is-long-enough-to-be-cut-and-is-secret-all-the-same"
+    relay = scripted([f"AUTH {mechanism.upper()}"], serve=serve)
+    with pytest.raises(spoolgore.LoginRefused) as refusal:
+        dial(relay.address, "-smtpuser", "app", "-smtpauth", mechanism, "-smtppassword", secret)
+    shown = str(refusal.value)
+    assert shown.startswith("535 5.7.8 bad: ") and shown.endswith("5.7.8 of ***")
+    assert not [sent for sent in (secret, *b" ".join(said).decode().split()) if len(sent) > 10 and sent[:20] in shown]
+
+
+@pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
+def test_a_permanent_reply_to_anything_but_the_mail_is_the_relay_s_fault(spool, run, scripted, certificates, verb):
+    def serve(conversation):
+        conversation.greet(b"554 5.7.1 refused here\r\n" if not verb else b"220 relay.example.org\r\n")
+        while conversation.command():
+            pass
+
+    relay = scripted([*(["STARTTLS"] if verb == "STAR" else []), "AUTH PLAIN"], serve=serve)
+    relay.replies = {verb: b"554 5.7.1 refused here\r\n"} if verb else {}
+    if verb == "EHLO":
+        relay.replies["HELO"] = relay.replies["EHLO"]
+    put(spool, "m1", mail())
+    flags = ["-once", "-fail5xx", "-attempts", 1, "-smtpuser", "app", "-smtppassword", "s3cret"]
+    assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), "554 5.7.1 refused here")
 
 
 # -- CHUNKING, PIPELINING and SIZE at Postfix
