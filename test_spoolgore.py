@@ -3069,6 +3069,296 @@ def test_a_mail_that_is_too_large_for_postfix(spool, start, postfix, service, si
 # -------------------------------------------------------- several relays, rates
 
 
+def greeting(text):
+    """For ScriptedRelay's serve argument: a relay that greets like this and hangs up."""
+
+    def serve(conversation):
+        conversation.greet(text)
+        conversation.flush()
+
+    return serve
+
+
+def refusing(replies):
+    def serve(conversation):
+        conversation.replies = replies
+        conversation.serve()
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    "serve, text",
+    [
+        (None, "Connection refused"),
+        (greeting(b"421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
+        (greeting(b"554 5.7.1 go away\r\n"), "554 5.7.1 go away"),
+        (refusing({"EHLO": b"451 4.3.0 busy\r\n", "HELO": b"451 4.3.0 busy\r\n"}), "451 4.3.0 busy"),
+        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 who?"),
+        (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 later"),
+    ],
+)
+def test_the_next_relay_is_used_while_one_is_no_good(spool, run, scripted, serve, text):
+    second = scripted(["AUTH PLAIN"])
+    second.replies = {"AUTH": b"235 fine\r\n"}
+    first = scripted(["AUTH PLAIN"], serve=serve)
+    if serve is None:
+        first.stop()
+    for number in range(5):
+        put(spool, f"m{number}", mail())
+    relays = f"{first.address}, {second.address}"
+    daemon = run("-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", relays)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(second.mails.items) == 5 and not first.mails.items
+    complaints = [line for line in daemon.lines if line.startswith("relay unavailable, ")]
+    assert len(complaints) == 1 and complaints[0].endswith(text) and first.address in complaints[0]
+    assert sum("attempt: 0" in line for line in daemon.lines) == 5
+    assert serve is None or len(first.connections.items) <= 2  # one, and a probe perhaps: not one for each mail
+
+
+def test_the_first_relay_is_preferred_and_taken_back_when_it_answers_again(spool, start, scripted):
+    port, second = free_port(), scripted()
+    daemon = start("-smtpaddr", f"127.0.0.1:{port},{second.address}")
+    put(spool, "m1", mail())
+    second.wait_for(1)
+    first = scripted(port=port)
+    daemon.wait_for(f"relay available again, 127.0.0.1:{port}")  # by its own probing
+    for number in range(2, 6):
+        put(spool, f"m{number}", mail())
+    first.wait_for(4)
+    first.stop()
+    put(spool, "m6", mail())
+    second.wait_for(2)
+    assert len(first.mails.items) == 4 and len(second.mails.items) == 2
+
+
+def test_all_relays_down_is_said_of_each(spool, run, scripted):
+    relays = [scripted(serve=greeting(b"554 %d\r\n" % number)) for number in range(2)]
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", ",".join(relay.address for relay in relays))
+    assert daemon.status_code == 75
+    assert only_recipient(daemon)["Error"] == f"{relays[0].address}: 554 0; {relays[1].address}: 554 1"
+
+
+@pytest.fixture
+def ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+
+
+def relay_on(address):
+    """aiosmtpd on one of this machine's addresses."""
+    controller = Relay()
+    controller.hostname = address
+    controller.start()
+    return controller
+
+
+def test_an_ipv6_relay(spool, run, ipv6):
+    relay = relay_on("::1")
+    try:
+        put(spool, "m1", mail())
+        daemon = run("-once", "-helo", "app.example.org", "-smtpaddr", f"[::1]:{relay.port}")
+        assert daemon.status_code == 0, daemon.lines
+        assert len(relay.mails) == 1
+    finally:
+        relay.stop()
+
+
+@pytest.mark.parametrize("listening", ["127.0.0.1", "127.0.0.2"])
+def test_a_name_with_several_addresses_tries_them_all(monkeypatch, listening):
+    def getaddrinfo(host, port, **_):
+        assert host == "relay.example.org"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (at, port)) for at in ("127.0.0.1", "127.0.0.2")]
+
+    monkeypatch.setattr(spoolgore.socket, "getaddrinfo", getaddrinfo)
+    with socket.create_server((listening, 0)) as server:
+        address = spoolgore.Address("relay.example.org", server.getsockname()[1])
+        with spoolgore.connect(address, PATIENCE) as sock:
+            assert sock.getpeername() == server.getsockname()
+    with pytest.raises(ConnectionRefusedError):
+        spoolgore.connect(address, PATIENCE)
+
+
+def test_localhost_is_every_address_that_it_has(spool, run, relay):
+    put(spool, "m1", mail())  # ::1, where it is one of them, does not listen
+    assert run("-once", "-smtpaddr", f"localhost:{relay.port}").status_code == 0
+    assert len(relay.mails) == 1
+
+
+# -- the name for EHLO
+
+
+def test_the_name_that_is_given_for_ehlo(spool, run, relay):
+    put(spool, "m1", mail())
+    run("-once", "-helo", "app.example.org", "-smtpaddr", relay.address)
+    assert relay.mails[0].session.host_name == "app.example.org"
+
+
+@pytest.mark.parametrize(
+    "machine, name",
+    [("app.example.org", "app.example.org"), ("app", "[127.0.0.1]"), ("localhost.localdomain", "[127.0.0.1]")],
+)
+def test_the_name_for_ehlo_is_the_machine_s_if_it_is_a_full_one(monkeypatch, scripted, machine, name):
+    lookups, relay = [], scripted()
+    monkeypatch.setattr(spoolgore.socket, "getfqdn", lambda: lookups.append(1) or machine)
+    security = spoolgore.Security(options_of("spool"), {})
+    address = spoolgore.Address("127.0.0.1", relay.port)
+    for _ in range(3):
+        spoolgore.Connection(address, PATIENCE).dial(security).close()
+    assert [line for conversation in relay.connections.items for line in conversation.commands] == [
+        f"ehlo {name}".encode()
+    ] * 3
+    assert len(lookups) == 1
+
+
+def test_postfix_accepts_the_name_that_is_said_by_default(spool, run, postfix):
+    put(spool, "m1", mail("by.default@example.org"))
+    daemon = run("-once", "-smtpaddr", postfix.at("plain", "127.0.0.1"))
+    assert daemon.status_code == 0, daemon.lines
+    name = re.match(rb"Received: from (\S+) ", postfix.wait_for("by.default@example.org").content)[1].decode()
+    full = socket.getfqdn()
+    assert name == (full if "." in full and not full.startswith("localhost") else "[127.0.0.1]")
+
+
+# -- what stands in Error
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "end"])
+def test_every_line_of_a_reply_stands_in_the_error(spool, run, scripted, verb):
+    reply = b"450-4.7.1 Greylisted, see\r\n450-4.7.1  https://example.org/why\r\n450 4.7.1 and come again\r\n"
+
+    def serve(conversation):
+        if verb == "end":
+            conversation.take = lambda content: conversation.send(reply)
+        conversation.serve()
+
+    relay = scripted((), serve=serve)
+    relay.replies = {verb: reply}
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", relay.address)
+    recipient = only_recipient(daemon)
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 1)
+    assert recipient["Error"] == "450 4.7.1 Greylisted, see\n4.7.1  https://example.org/why\n4.7.1 and come again"
+    assert any(
+        line.endswith("450 4.7.1 Greylisted, see 4.7.1  https://example.org/why 4.7.1 and come again")
+        for line in daemon.lines
+    )
+
+
+# -- -rate
+
+
+class TimedRelay(ScriptedRelay):
+    """Notes when each recipient was accepted."""
+
+    def __init__(self):
+        super().__init__(())
+        self.times = Collector()
+        self.replies = {"RCPT": self.note}
+
+    def note(self, line):
+        self.times.add((time.monotonic(), path_of(line)))
+        return None
+
+    def most_in_a_window(self, seconds):
+        ledger = Ledger()
+        ledger.sent = [(moment, moment, 1) for moment, _ in self.times.items]
+        return ledger.most_in_a_window(seconds)
+
+
+@pytest.fixture
+def timed():
+    relay = TimedRelay()
+    yield relay
+    relay.stop()
+
+
+def numbered(line):
+    return int(re.search(r"(\d+)@", line)[1])
+
+
+def spool_numbered(spool, numbers):
+    """Mails whose order is that of their times, but not that of their names."""
+    for number in numbers:
+        put(spool, f"m{number * 7 % 100:02}", mail(f"{number}@example.org"))
+        os.utime(spool / f"m{number * 7 % 100:02}", (NOW + number, NOW + number))
+
+
+def test_in_no_window_more_than_the_rate_and_in_order(spool, run, timed):
+    spool_numbered(spool, range(16))
+    daemon = run("-once", "-rate", "10/s", "-smtpaddr", timed.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(timed.times.items) == 16 and timed.most_in_a_window(1) <= 10
+    sending = [numbered(line) for line in daemon.lines if " sending mail to " in line]
+    assert sending == sorted(sending)
+    assert len(timed.connections.items) <= 10 and not any("attempt: 1" in line for line in daemon.lines)
+
+
+def test_recipients_are_what_the_rate_counts(spool, run, timed):
+    everybody = [f"{number}@example.org" for number in range(8)]
+    put(spool, "m1", mail(", ".join(everybody)))
+    daemon = run("-once", "-rate", "5/s", "-smtpaddr", timed.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert [len(mail.recipients) for mail in timed.mails.items] == [5, 3]
+    assert timed.most_in_a_window(1) <= 5
+
+
+def test_the_rate_holds_across_kills(spool, start, timed):
+    spool_numbered(spool, range(25))
+    for kills in range(1, 3):
+        daemon = start("-rate", "10/s", "-smtpaddr", timed.address)
+        timed.times.wait_for(kills * 8)
+        daemon.kill()
+    start("-rate", "10/s", "-smtpaddr", timed.address)
+    wait_until(lambda: not names(spool))
+    assert {address for _, address in timed.times.items} == {f"{number}@example.org" for number in range(25)}
+    assert timed.most_in_a_window(1) <= 10
+
+
+def test_once_leaves_what_would_have_to_wait_for_more_than_a_minute(spool, run, timed):
+    spool_numbered(spool, range(5))
+    flags = ["-once", "-rate", "3/h,100/s", "-smtpaddr", timed.address]
+    daemon = run(*flags)
+    assert daemon.status_code == 75 and len(names(spool)) == 2
+    assert sorted(numbered(address) for _, address in timed.times.items) == [0, 1, 2]
+    again = run(*flags)
+    assert again.status_code == 75 and len(names(spool)) == 2 and len(timed.times.items) == 3
+    for name in names(spool):
+        assert all(r["Attempts"] == 0 and r["Status"] == 0 for r in again.recipients(name).values())
+
+
+def test_a_daemon_that_waits_for_its_turn_stops_at_once_and_takes_flush_for_no_reason(spool, start, timed):
+    spool_numbered(spool, range(4))
+    daemon = start("-rate", "2/h", "-concurrency", 1, "-smtpaddr", timed.address)
+    timed.times.wait_for(2)
+    wait_until(lambda: len(names(spool)) == 2)
+    daemon.send("SIGURG")
+    daemon.wait_for("spool directory flushed")
+    put(spool, "late", mail("9@example.org"))
+    assert daemon.stop() == 0
+    assert daemon.lines[-1] in ("stopped (2 messages in the queue)", "stopped (3 messages in the queue)")
+    assert len(timed.times.items) == 2 and len(names(spool)) == 3
+
+
+def test_a_relay_that_is_down_uses_up_no_rate(spool, start, scripted):
+    port = free_port()
+    daemon = start("-rate", "2/h", "-smtpaddr", f"127.0.0.1:{port}")
+    put(spool, "m1", mail())
+    put(spool, "m2", mail())
+    daemon.wait_for("relay unavailable")
+    relay = scripted(port=port)
+    relay.wait_for(2)
+
+
+def test_wrong_rates_and_addresses_are_refused_at_the_start(spool):
+    for flags in (["-rate", "0/s"], ["-rate", "5/w"], ["-smtpaddr", "[::1"], ["-smtpaddr", "a:25,,b:25"]):
+        done = spoolgore_run(*flags, spool)
+        assert done.returncode == 2 and done.stderr.startswith('invalid value "')
+
+
 # ---------------------------------------------------------- crashes, full disks
 
 
