@@ -2443,8 +2443,10 @@ class Postfix:
 
     SUBMISSION = "-o smtpd_tls_security_level=may -o smtpd_tls_auth_only=yes -o smtpd_sasl_auth_enable=yes"
     LOGGED_IN = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject"
+    EVERYBODY = "-o smtpd_client_event_limit_exceptions="  # limits are for clients on this machine too
     SERVICES = {  # what smtpd is told, for each of the ports
         "plain": "",
+        "narrow": f"{EVERYBODY} -o smtpd_client_connection_count_limit=3 -o smtpd_recipient_limit=4",
         "unsized": "-o smtpd_discard_ehlo_keywords=size",
         "bare": "-o smtpd_discard_ehlo_keywords=size,chunking,pipelining,8bitmime,smtputf8,enhancedstatuscodes,dsn",
         "submission": f"{SUBMISSION} {LOGGED_IN}",
@@ -2772,7 +2774,7 @@ def test_a_handshake_that_does_not_come(spool, run, scripted):
 def test_postfix_wants_a_client_certificate(spool, run, postfix, certificates):
     put(spool, "m1", mail("certified@example.org"))
     flags = ["-once", "-tlsca", certificates.ca, "-smtpaddr", postfix.at("by_certificate")]
-    assert_relay_at_fault(run(*flags), "")
+    assert_relay_at_fault(run(*flags), "Error: No client certificate presented")
     assert run(*flags, "-tlscert", certificates.client).status_code == 0
     assert postfix.wait_for("certified@example.org")
 
@@ -3045,6 +3047,19 @@ def test_postfix_takes_no_recipient_of_a_mail(spool, start, postfix):
     assert daemon.wait_for_recipient("m1", "refused@example.org", Attempts=1)["Error"].startswith("550 5.7.1 ")
     daemon.stop()
     postfix.wait_for_log("ehlo=1 mail=2 rcpt=1/3 bdat=1/2 rset=1 quit=1")
+
+
+def test_postfix_takes_few_recipients_and_connections(spool, run, postfix):
+    everybody = [[f"few.{number}.{letter}@example.org" for letter in "abcdef"] for number in range(20)]
+    for number, addresses in enumerate(everybody):
+        put(spool, f"m{number}", mail(", ".join(addresses)))
+    daemon = run("-once", "-smtpaddr", postfix.at("narrow"))
+    assert daemon.status_code == 0, daemon.lines
+    for addresses in everybody:
+        first, rest = postfix.wait_for(addresses[0]), postfix.wait_for(addresses[-1])
+        assert sorted(map(len, (first.recipients, rest.recipients))) == [2, 4]
+    assert not [line for line in daemon.lines if "error" in line or "unavailable" in line or "attempt: 1" in line]
+    postfix.wait_for_log("too many connections|Connection concurrency limit exceeded")
 
 
 @pytest.mark.parametrize(
