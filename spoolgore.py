@@ -1705,7 +1705,7 @@ class Security:
         self.mode, self.auth = options.tls, options.smtpauth
         self.user = options.smtpuser or options.smtpmd5user
         self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
-        self._password = given_password(options, environ, self.cram_only)
+        self._password, self._fallback = passwords(options, environ, self.cram_only)
         self._command, self._output = options.smtppasswordcommand, None
         self._seconds = options.timeout
         self._helo = options.helo
@@ -1745,9 +1745,8 @@ class Security:
         for mechanism in wanted:
             if mechanism in offered:
                 return mechanism
-        raise RelayError(
-            f"the relay does not offer AUTH {' or '.join(wanted).upper()} (it offers {' '.join(offered) or 'none'})"
-        )
+        names, others = " or ".join(map(str.upper, wanted)), " ".join(offered) or "none"
+        raise RelayError(f"the relay does not offer AUTH {names} (it offers {others})")
 
     def _authenticate(self, connection, mechanism):
         fresh = self._output is None
@@ -1760,31 +1759,45 @@ class Security:
             authenticate(connection, mechanism, self.user, self.password())
 
     def password(self):
-        """The password or token; the command is asked at the first login, and after one that was refused."""
+        """The password or token: by a flag, else by the command, else by the environment. The command is asked at the
+        first login, and after one that was refused."""
         if self._password or not self._command:
-            return self._password
+            return self._password or self._fallback
         if self._output is None:
             self._output = first_line_of(self._command, self._seconds)
         return self._output
 
 
-def given_password(options, environ, cram):
-    """The password by flag, or else by the environment."""
+def passwords(options, environ, cram):
+    """The password by flag, and the one by the environment."""
     if cram:
-        return options.smtpmd5password or environ.get("SPOOLGORE_SMTPMD5PASSWORD", "")
-    return options.smtppassword or environ.get("SPOOLGORE_SMTPPASSWORD", "")
+        return options.smtpmd5password, environ.get("SPOOLGORE_SMTPMD5PASSWORD", "")
+    return options.smtppassword, environ.get("SPOOLGORE_SMTPPASSWORD", "")
 
 
 def first_line_of(command, seconds):
     """The first line that a shell command prints. Raises RelayError; its output is never part of the text."""
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise RelayError(f"the password command took longer than {seconds} s") from None
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
-    if done.returncode or not lines:
-        raise RelayError(f"the password command failed: exit status {done.returncode}, {len(lines)} lines")
-    return lines[0]
+        output = process.communicate(timeout=seconds)[0]
+    except BaseException as error:  # it takes too long, or we are to stop
+        kill_all(process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise RelayError(f"the password command took longer than {seconds} s") from None
+        raise
+    if process.returncode:
+        raise RelayError(f"the password command failed with exit status {process.returncode}")
+    if not (line := output.decode("utf-8", "replace").partition("\n")[0].rstrip("\r")):
+        raise RelayError("the password command printed nothing")
+    return line
+
+
+def kill_all(process):
+    """End the leader of a session and whatever it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def tls_context(options):
@@ -1810,18 +1823,16 @@ def check_secrecy(mechanism, connection):
 
 def authenticate(connection, mechanism, user, password):
     """One AUTH exchange. Raises LoginRefused for a 5xx reply, RelayError for another."""
-    step = 0
-    words = ["AUTH", mechanism.upper()]
+    responses = []
     if mechanism in ("plain", "xoauth2"):
-        words.append(encoded(auth_response(mechanism, user, password, b"", step)))
-        step = 1
-    code, text = connection.docmd(" ".join(words))
-    while code == 334 and step < 3:
-        code, text = connection.docmd(encoded(auth_response(mechanism, user, password, decoded(text), step)))
-        step += 1
+        responses.append(encoded(auth_response(mechanism, user, password, b"", 0)))
+    code, text = connection.docmd(" ".join(["AUTH", mechanism.upper(), *responses]))
+    while code == 334 and len(responses) < 3:
+        responses.append(encoded(auth_response(mechanism, user, password, decoded(text), len(responses))))
+        code, text = connection.docmd(responses[-1])
     if code != 235:
         fault = LoginRefused if code >= 500 else RelayError
-        raise fault(redacted(str(Reply(code, readable(text))), user, password))
+        raise fault(redacted(str(Reply(code, readable(text))), password, responses))
 
 
 def auth_response(mechanism, user, password, challenge, step):
@@ -1846,12 +1857,11 @@ def decoded(challenge):
         return b""
 
 
-def redacted(text, user, password):
-    """A relay's reply without the secrets that it may repeat."""
-    secrets = [password, encoded(password), encoded(f"\0{user}\0{password}")]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return text
+def redacted(text, password, responses):
+    """A relay's reply without the secrets that it may repeat, whole or in part."""
+    text = text.replace(password, "***") if password else text
+    sent = " ".join(responses)
+    return re.sub(r"[\w+/=]{8,}", lambda word: "***" if word[0] in sent else word[0], text)
 
 
 class Relay:

@@ -4,6 +4,7 @@ The pure sections are tested as tables. Everything else starts the script as a u
 SMTP servers: aiosmtpd, Postfix, and where bytes or faults matter a relay that follows a script.
 """
 
+import base64
 import contextlib
 import email
 import email.policy
@@ -18,12 +19,17 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import tempfile
+import textwrap
 import threading
 import time
 from bisect import bisect_left
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address
 from pathlib import Path
 
 import aiosmtpd.controller
@@ -31,8 +37,11 @@ import aiosmtpd.smtp
 import dkim
 import gevent
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -146,8 +155,9 @@ class Daemon:
 class Received:
     """A mail as a relay received it."""
 
-    def __init__(self, sender, recipients, content):
+    def __init__(self, sender, recipients, content, session=None):
         self.sender, self.recipients, self.content = sender, list(recipients), content
+        self.session = session  # aiosmtpd's
 
     def __repr__(self):
         return f"<{self.sender} {self.recipients} {len(self.content)} octets>"
@@ -171,7 +181,7 @@ class Recorder:
 
     async def handle_DATA(self, server, session, envelope):
         if self.data_reply.startswith("250"):
-            self.mails.add(Received(envelope.mail_from, envelope.rcpt_tos, envelope.original_content))
+            self.mails.add(Received(envelope.mail_from, envelope.rcpt_tos, envelope.original_content, session))
         return self.data_reply
 
 
@@ -2334,8 +2344,1034 @@ def test_when_progress_has_the_next_word():
 
 # --------------------------------------------------------------- TLS and logins
 
+SYSTEM_PATH = os.pathsep.join(
+    [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
+)
+
+
+def demand(*programs, root=False):
+    """The programs' paths. Without one of them the test is skipped, or fails where everything must be there (CI)."""
+    found = [shutil.which(program, path=SYSTEM_PATH) for program in programs]
+    lacking = [program for program, path in zip(programs, found) if not path]
+    lacking += ["root"] if root and os.geteuid() != 0 else []
+    if lacking:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {' and '.join(lacking)}")
+    return found
+
+
+class Authority:
+    """A certificate authority. Its certificates and keys are PEM files in a directory."""
+
+    def __init__(self, directory, name):
+        self.directory, self.key = Path(directory), ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.path = self.directory / f"{name}.pem"
+        self.path.write_bytes(self._certificate(self.name, self.key, ca=True).public_bytes(Encoding.PEM))
+
+    def _certificate(self, name, key, names=(), ca=False, age=0):
+        born = datetime.now(timezone.utc) - timedelta(days=age + 1)
+        usage = dict.fromkeys(
+            ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"), False
+        )
+        usage.update(encipher_only=False, decipher_only=False, digital_signature=not ca, key_cert_sign=ca)
+        builder = (
+            x509.CertificateBuilder(self.name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(born)
+            .not_valid_after(born + timedelta(days=30))
+            .add_extension(x509.BasicConstraints(ca, None), critical=True)
+            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(self.key, hashes.SHA256())
+
+    def issue(self, name, *hosts, age=0):
+        """The path of a file with a new certificate for some hosts and its key; age: days since its issue."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = [x509.IPAddress(ip_address(h)) if h[-1].isdigit() or ":" in h else x509.DNSName(h) for h in hosts]
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        certificate = self._certificate(subject, key, names, age=age)
+        path = self.directory / f"{name}.pem"
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        path.write_bytes(private + certificate.public_bytes(Encoding.PEM))
+        return path
+
+
+class Certificates:
+    """What the tests encrypt with."""
+
+    def __init__(self, directory):
+        self.authority, self.other = Authority(directory, "authority"), Authority(directory, "other")
+        self.ca = self.authority.path
+        self.good = self.authority.issue("good", "localhost", "127.0.0.1", "::1")
+        self.client = self.authority.issue("client")
+        self.bad = {
+            "certificate verify failed: unable to get local issuer certificate": self.other.issue(
+                "foreign", "localhost"
+            ),
+            "certificate verify failed: certificate has expired": self.authority.issue("expired", "localhost", age=60),
+            "Hostname mismatch, certificate is not valid for 'localhost'": self.authority.issue("named", "example.org"),
+            "certificate verify failed: self-signed certificate": self._self_signed(directory),
+        }
+
+    @staticmethod
+    def _self_signed(directory):
+        alone = Authority(directory, "alone")
+        certificate = alone._certificate(alone.name, alone.key, [x509.DNSName("localhost")])
+        private = alone.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        alone.path.write_bytes(private + certificate.public_bytes(Encoding.PEM))
+        return alone.path
+
+    def server(self, path=None, **options):
+        """A server's context with one of the certificates."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path or self.good)
+        for name, value in options.items():
+            setattr(context, name, value)
+        return context
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+class Postfix:
+    """Postfix, with Dovecot to check its logins, on ports of its own; what it accepts arrives in an inbox."""
+
+    SUBMISSION = "-o smtpd_tls_security_level=may -o smtpd_tls_auth_only=yes -o smtpd_sasl_auth_enable=yes"
+    LOGGED_IN = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject"
+    EVERYBODY = "-o smtpd_client_event_limit_exceptions="  # limits are for clients on this machine too
+    SERVICES = {  # what smtpd is told, for each of the ports
+        "plain": "",
+        "narrow": f"{EVERYBODY} -o smtpd_client_connection_count_limit=3 -o smtpd_recipient_limit=4",
+        "unsized": "-o smtpd_discard_ehlo_keywords=size",
+        "bare": "-o smtpd_discard_ehlo_keywords=size,chunking,pipelining,8bitmime,smtputf8,enhancedstatuscodes,dsn",
+        "submission": f"{SUBMISSION} {LOGGED_IN}",
+        "in_the_clear": f"-o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
+        "smtps": f"-o smtpd_tls_wrappermode=yes -o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
+        "by_certificate": "-o smtpd_tls_security_level=encrypt -o smtpd_tls_req_ccert=yes",
+    }
+    QUEUES = ["active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "pid"]
+    QUEUES += ["private", "public", "saved", "trace"]
+    MAIN = """
+        compatibility_level = 3.6
+        queue_directory = {directory}/queue
+        data_directory = {directory}/data
+        maillog_file = {directory}/log
+        maillog_file_prefixes = {directory}
+        myhostname = postfix.example.org
+        inet_interfaces = 127.0.0.1
+        mydestination =
+        alias_maps =
+        local_recipient_maps =
+        local_header_rewrite_clients =
+        relayhost = [127.0.0.1]:{inbox}
+        smtp_tls_security_level = none
+        smtp_line_length_limit = 0
+        default_destination_recipient_limit = 1000
+        message_size_limit = 300000
+        smtpd_sasl_type = dovecot
+        smtpd_sasl_path = {directory}/dovecot/sasl
+        smtpd_tls_chain_files = {good}
+        smtpd_tls_CAfile = {ca}
+        smtpd_helo_required = yes
+        smtpd_helo_restrictions = reject_invalid_helo_hostname, reject_non_fqdn_helo_hostname
+        smtpd_sender_restrictions = reject_unauth_pipelining
+        smtpd_recipient_restrictions = check_recipient_access inline:{{
+            {{ refused@example.org = 550 5.7.1 not him }}, {{ later@example.org = 450 4.2.1 not now }} }}
+        smtpd_data_restrictions = reject_unauth_pipelining
+        smtpd_error_sleep_time = 0
+    """
+    MASTER = """
+        cleanup unix n - n - 0 cleanup
+        qmgr unix n - n 300 1 qmgr
+        rewrite unix - - n - - trivial-rewrite
+        bounce unix - - n - 0 bounce
+        defer unix - - n - 0 bounce
+        trace unix - - n - 0 bounce
+        smtp unix - - n - - smtp
+        anvil unix - - n - 1 anvil
+        tlsmgr unix - - n 1000? 1 tlsmgr
+        scache unix - - n - 1 scache
+        postlog unix-dgram n - n - 1 postlogd
+    """
+    DOVECOT = """
+        protocols =
+        base_dir = {directory}/dovecot
+        log_path = {directory}/log.dovecot
+        ssl = no
+        auth_mechanisms = plain login cram-md5 xoauth2
+        auth_failure_delay = 0
+        passdb {{
+          driver = passwd-file
+          args = {directory}/users
+        }}
+        service auth {{
+          unix_listener sasl {{
+            mode = 0666
+          }}
+        }}
+        service anvil {{
+          unix_listener anvil-auth-penalty {{
+            mode = 0
+          }}
+        }}
+    """
+
+    UNTIL_WE_END = 'setsid "$@" & read -r _; kill $!; wait $!'  # even if we are killed: that ends its standard input
+
+    def __init__(self, directory, certificates):
+        self.directory, self.processes = Path(directory), []
+        self.inbox = ScriptedRelay(("PIPELINING", "8BITMIME"))
+        self.ports = dict(zip(self.SERVICES, free_ports(len(self.SERVICES))))
+        self.words = {
+            "directory": directory,
+            "inbox": self.inbox.port,
+            "ca": certificates.ca,
+            "good": certificates.good,
+        }
+
+    def start(self):
+        master, dovecot, _ = demand("master", "dovecot", "setsid", root=True)
+        listeners = [
+            f"127.0.0.1:{self.ports[name]} inet n - n - - smtpd {more}" for name, more in self.SERVICES.items()
+        ]
+        for name, text in {
+            "main.cf": self.MAIN,
+            "master.cf": "\n".join([*listeners, textwrap.dedent(self.MASTER)]),
+            "dovecot.conf": self.DOVECOT,
+            "users": "app:{{PLAIN}}s3cret-ü",
+        }.items():
+            (self.directory / name).write_text(textwrap.dedent(text).format(**self.words), "utf-8")
+        for name in ("data", "queue", *(f"queue/{name}" for name in self.QUEUES)):
+            (self.directory / name).mkdir()
+            if name not in ("queue", "queue/pid"):
+                shutil.chown(self.directory / name, "postfix")
+        for command in ([dovecot, "-F", "-c", self.directory / "dovecot.conf"], [master, "-d", "-c", self.directory]):
+            self.processes.append(
+                subprocess.Popen(["sh", "-c", self.UNTIL_WE_END, "sh", *command], stdin=subprocess.PIPE)
+            )
+        for port in self.ports.values():
+            wait_until(lambda port=port: answers("127.0.0.1", port), f"Postfix: {self.log()}")
+        wait_until((self.directory / "dovecot" / "sasl").exists, "Dovecot")
+
+    def stop(self):
+        self.inbox.stop()
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait(PATIENCE)
+
+    def at(self, service, host="localhost"):
+        return f"{host}:{self.ports[service]}"
+
+    def wait_for(self, recipient):
+        """The mail that arrived for a recipient."""
+        return self.inbox.mails.wait_for(1, lambda mail: recipient in mail.recipients)[0]
+
+    def log(self):
+        path = self.directory / "log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_log(self, pattern):
+        """The first line of the log that has a match of the pattern."""
+        return wait_until(lambda: re.search(rf"(?m)^.*{pattern}.*$", self.log()), pattern)[0]
+
+
+def free_ports(count):
+    """Ports that nobody listens on, all different."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [sock.getsockname()[1] for sock in socks]
+
+
+def answers(host, port):
+    with contextlib.suppress(OSError), socket.create_connection((host, port), PATIENCE):
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def postfix(certificates):
+    directory = Path(tempfile.mkdtemp(prefix="spoolgore-postfix-"))  # Postfix's user may not enter pytest's directories
+    directory.chmod(0o755)
+    server = Postfix(directory, certificates)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+def only_recipient(daemon):
+    """The only recipient of the only entry in the status file."""
+    (entry,) = daemon.status().values()
+    (recipient,) = [recipient for key in ("To", "Cc", "Bcc") for recipient in entry[key]]
+    return recipient
+
+
+def assert_relay_at_fault(daemon, text):
+    """The mail waits, no attempt was counted, and its entry and the log say what was wrong with the relay."""
+    assert daemon.status_code == 75, daemon.lines
+    recipient = only_recipient(daemon)
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert text in recipient["Error"]
+    assert any(line.startswith("relay unavailable, ") and text in line for line in daemon.lines), daemon.lines
+    assert len(names(daemon.spool)) == 1
+
+
+def dial(address, *flags, environ=()):
+    """A Connection that is open and logged in, by the flags. Raises OSError."""
+    options = options_of("-timeout", str(PATIENCE), "-helo", "app.example.org", "-smtpaddr", address, *flags, "spool")
+    security = spoolgore.Security(options, dict(environ))
+    return spoolgore.Connection(options.smtpaddr[0], options.timeout).dial(security)
+
+
+@pytest.fixture
+def relay_with():
+    """A function that starts aiosmtpd with some options; all are stopped in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def starter(**options):
+            controller = Relay(**options)
+            controller.start()
+            stack.callback(controller.stop)
+            return controller
+
+        yield starter
+
+
+@pytest.mark.parametrize(
+    "mode, kind, encrypted",
+    [
+        ("auto", "starttls", True),
+        ("auto", "plain", False),
+        ("starttls", "starttls", True),
+        ("smtps", "smtps", True),
+        ("off", "starttls", False),
+    ],
+)
+def test_each_mode_of_tls(spool, run, relay_with, certificates, mode, kind, encrypted):
+    context = {"starttls": "tls_context", "smtps": "ssl_context"}.get(kind)
+    relay = relay_with(**({context: certificates.server()} if context else {}))
+    put(spool, "m1", mail())
+    daemon = run("-once", "-tls", mode, "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert (kind == "smtps" or relay.mails[0].session.ssl is not None) == encrypted
+
+
+@pytest.mark.parametrize(
+    "mode, kind, text", [("starttls", "plain", "does not offer STARTTLS"), ("smtps", "plain", "SSL")]
+)
+def test_tls_that_the_relay_has_not(spool, run, relay, mode, kind, text):
+    put(spool, "m1", mail())
+    assert_relay_at_fault(run("-once", "-tls", mode, "-smtpaddr", relay.address), text)
+    assert relay.mails == []
+
+
+def test_port_465_means_tls_from_the_first_byte_in_auto_mode_only():
+    def implicit(mode, port):
+        security = spoolgore.Security(options_of("-tls", mode, "spool"), {})
+        return security.implicit_tls(spoolgore.Address("relay.example.org", port))
+
+    modes = ("auto", "starttls", "smtps", "off")
+    assert [implicit(mode, 465) for mode in modes] == [True, False, True, False]
+    assert [implicit(mode, 587) for mode in modes] == [False, False, True, False]
+
+
+def test_relays_are_always_verified_with_tls_1_2_at_least(certificates):
+    for argv in ([], ["-tlsca", str(certificates.ca)], ["-tls", "smtps"]):
+        context = spoolgore.tls_context(options_of(*argv, "spool"))
+        assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
+        assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+
+
+@pytest.mark.parametrize("kind", ["starttls", "smtps"])
+@pytest.mark.parametrize("number", range(4))
+def test_a_certificate_that_is_no_good(relay_with, certificates, kind, number):
+    text, path = list(certificates.bad.items())[number]
+    relay = relay_with(**{{"starttls": "tls_context", "smtps": "ssl_context"}[kind]: certificates.server(path)})
+    with pytest.raises(OSError, match=text):
+        dial(f"localhost:{relay.port}", "-tls", kind, "-tlsca", str(certificates.ca))
+
+
+def test_a_private_authority_is_not_trusted_unless_it_is_named(spool, run, relay_with, certificates):
+    relay = relay_with(tls_context=certificates.server())
+    put(spool, "m1", mail())
+    assert_relay_at_fault(
+        run("-once", "-smtpaddr", relay.address), "certificate verify failed: unable to get local issuer"
+    )
+    flags = ["-once", "-smtpaddr", relay.address, "-tlsca", certificates.ca]
+    assert run(*flags).status_code == 0 and len(relay.mails) == 1
+
+
+@pytest.mark.parametrize("flag", ["tlsca", "tlscert"])
+@pytest.mark.parametrize("content", [None, "nonsense\n"])
+def test_a_file_that_is_no_certificate_is_refused_at_the_start(spool, tmp_path, flag, content):
+    path = tmp_path / "file.pem"
+    if content:
+        path.write_text(content)
+    done = spoolgore_run(f"-{flag}", path, spool)
+    assert done.returncode == 2 and f'invalid value "{path}" for flag -{flag}: ' in done.stderr.splitlines()[0]
+
+
+def speak_tls(conversation, context):
+    """Go on encrypted: whatever was written before, and what was read, is done with."""
+    conversation.flush()
+    conversation.sock = context.wrap_socket(conversation.sock, server_side=True)
+
+
+def offer_starttls(conversation, context, reply=b"220 go ahead\r\n"):
+    """Up to and with STARTTLS."""
+    conversation.relay.extensions = ("STARTTLS",)
+    conversation.greet()
+    while conversation.line() != b"STARTTLS":
+        conversation.on_EHLO(b"EHLO")
+    conversation.send(reply)
+    conversation.relay.extensions = ("8BITMIME",)
+    speak_tls(conversation, context)
+
+
+def test_what_comes_before_the_handshake_is_thrown_away(spool, run, scripted, certificates):
+    def serve(conversation):
+        offer_starttls(conversation, certificates.server(), b"220 go ahead\r\n250 injected\r\n")
+        while conversation.command():
+            pass
+
+    relay = scripted(serve=serve)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(relay.mails.items) == 1
+    (conversation,) = relay.connections.items
+    assert [line[:4].upper() for line in conversation.commands[:4]] == [b"EHLO", b"STAR", b"EHLO", b"MAIL"]
+    assert b"BODY=8BITMIME" in conversation.commands[3]  # offered after the handshake only
+
+
+def test_starttls_that_is_refused_is_no_reason_to_go_on_in_the_clear(spool, run, scripted):
+    relay = scripted(["STARTTLS", "AUTH PLAIN"])
+    relay.replies = {"STAR": b"454 4.7.0 TLS not available\r\n"}
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", relay.address)
+    assert_relay_at_fault(daemon, "454 4.7.0 TLS not available")
+    assert [line[:4].upper() for line in relay.connections.items[0].commands] == [b"EHLO", b"STAR"]
+
+
+def test_a_handshake_that_does_not_come(spool, run, scripted):
+    relay = scripted(serve=lambda conversation: conversation.receive() or conversation.receive())
+    put(spool, "m1", mail())
+    daemon = run("-once", "-timeout", 1, "-tls", "smtps", "-smtpaddr", relay.address)
+    assert_relay_at_fault(daemon, "timed out")
+
+
+# -- Postfix
+
+
+def test_postfix_wants_a_client_certificate(spool, run, postfix, certificates):
+    put(spool, "m1", mail("certified@example.org"))
+    flags = ["-once", "-tlsca", certificates.ca, "-smtpaddr", postfix.at("by_certificate")]
+    assert_relay_at_fault(run(*flags), "Error: No client certificate presented")
+    assert run(*flags, "-tlscert", certificates.client).status_code == 0
+    assert postfix.wait_for("certified@example.org")
+
+
+@pytest.mark.parametrize(
+    "flags, service, method",
+    [
+        (["-smtpuser", "app"], "submission", "PLAIN"),
+        (["-smtpuser", "app"], "smtps", "PLAIN"),
+        (["-smtpuser", "app"], "in_the_clear", "PLAIN"),
+        (["-smtpuser", "app", "-smtpauth", "login"], "submission", "LOGIN"),
+        (["-smtpuser", "app", "-smtpauth", "cram-md5"], "in_the_clear", "CRAM-MD5"),
+        (["-smtpmd5user", "app"], "submission", "CRAM-MD5"),
+        (["-smtpmd5user", "app", "-smtpauth", "plain"], "submission", "PLAIN"),
+        (["-smtpuser", "app", "-smtpauth", "xoauth2"], "smtps", "XOAUTH2"),
+    ],
+)
+def test_every_login_at_postfix(postfix, certificates, flags, service, method):
+    recipient = f"{method}.{service}.{len(flags)}@example.org".lower()
+    environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret-ü", "SPOOLGORE_SMTPMD5PASSWORD": "s3cret-ü"}
+    flags = [*flags, "-tlsca", str(certificates.ca), "-tls", "smtps" if service == "smtps" else "auto"]
+    connection = dial(postfix.at(service), *flags, environ=environ)
+    outcomes = connection.transact("app@example.org", [recipient], read_message(mail(recipient).encode()))
+    connection.quit_politely()
+    assert outcomes[recipient].verdict is spoolgore.Verdict.DELIVERED
+    name = re.search(rf"(\w+): to=<{recipient}>", postfix.wait_for_log(f"to=<{recipient}>"))[1]
+    assert f"sasl_method={method}, sasl_username=app" in postfix.wait_for_log(f"{name}: client=")
+
+
+# -- logins
+
+
+@pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
+def test_login_where_plain_is_not_offered(spool, run, relay_with):
+    class Authenticator:
+        logins = []
+
+        def __call__(self, server, session, envelope, mechanism, data):
+            self.logins.append((mechanism, data.login, data.password))
+            return aiosmtpd.smtp.AuthResult(success=True)
+
+    options = {"authenticator": Authenticator(), "auth_require_tls": False, "auth_exclude_mechanism": ["PLAIN"]}
+    relay = relay_with(**options, auth_required=True)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpuser", "app", "-smtpaddr", relay.address, env={"SPOOLGORE_SMTPPASSWORD": "s3cret"})
+    assert daemon.status_code == 0, daemon.lines
+    assert Authenticator.logins == [("LOGIN", b"app", b"s3cret")] and len(relay.mails) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, offered, text",
+    [
+        (["-smtpuser", "app"], [], "the relay does not offer AUTH PLAIN or LOGIN (it offers none)"),
+        (["-smtpuser", "app"], ["AUTH CRAM-MD5 GSSAPI"], "AUTH PLAIN or LOGIN (it offers cram-md5 gssapi)"),
+        (
+            ["-smtpmd5user", "app"],
+            ["AUTH PLAIN LOGIN"],
+            "the relay does not offer AUTH CRAM-MD5 (it offers plain login)",
+        ),
+        (["-smtpuser", "app", "-smtpauth", "xoauth2"], ["AUTH=PLAIN"], "AUTH XOAUTH2 (it offers plain)"),
+    ],
+)
+def test_a_login_that_is_not_offered(scripted, flags, offered, text):
+    relay = scripted(["8BITMIME", *offered])
+    with pytest.raises(spoolgore.RelayError, match=re.escape(text)):
+        dial(relay.address, *flags, "-smtppassword", "s3cret")
+    assert [line[:4] for line in relay.connections.items[0].commands] == [b"ehlo"]
+
+
+def test_a_password_stays_here_without_tls(spool, run, scripted):
+    relay = scripted(["AUTH PLAIN LOGIN XOAUTH2 CRAM-MD5"])
+    relay.replies = {"AUTH": b"535 5.7.8 no\r\n"}
+    put(spool, "m1", mail())
+    flags = ["-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", f"127.1:{relay.port}"]
+    for mechanism in ("", "xoauth2"):  # 127.1 is 127.0.0.1, but by a name that is not known to be ours
+        assert_relay_at_fault(run(*flags, "-smtpauth", mechanism), "unencrypted connection")
+    assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
+    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "535 5.7.8 no")  # this one does not send it
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+def test_hosts_that_a_password_may_go_to_in_the_clear(host):
+    class Clear:
+        address, encrypted = spoolgore.Address(host, 25), False
+
+    spoolgore.check_secrecy("plain", Clear)
+    Clear.address = spoolgore.Address(f"{host}.example.org", 25)
+    with pytest.raises(spoolgore.RelayError, match="unencrypted connection"):
+        spoolgore.check_secrecy("plain", Clear)
+
+
+@pytest.mark.parametrize(
+    "flags, environ, wanted",
+    [
+        (["-smtpuser=u", "-smtppassword=flag"], {"SPOOLGORE_SMTPPASSWORD": "environment"}, "flag"),
+        (["-smtpuser=u"], {"SPOOLGORE_SMTPPASSWORD": "environment", "SPOOLGORE_SMTPMD5PASSWORD": "no"}, "environment"),
+        (["-smtpmd5user=u"], {"SPOOLGORE_SMTPMD5PASSWORD": "md5", "SPOOLGORE_SMTPPASSWORD": "no"}, "md5"),
+        (["-smtpmd5user=u", "-smtpmd5password=flag"], {"SPOOLGORE_SMTPMD5PASSWORD": "environment"}, "flag"),
+        (["-smtpuser=u", "-smtppasswordcommand=echo command"], {"SPOOLGORE_SMTPPASSWORD": "environment"}, "command"),
+        (["-smtpuser=u", "-smtppassword=flag", "-smtppasswordcommand=echo command"], {}, "flag"),
+        (["-smtpuser=u", "-smtppasswordcommand=printf 'first\\r\\nsecond\\n'"], {}, "first"),
+        (["-smtpuser=u", "-smtppasswordcommand=printf ' a b '"], {}, " a b "),
+        (["-smtpuser=u", "-smtpmd5user=v", "-smtppassword=plain", "-smtpmd5password=md5"], {}, "plain"),
+        (["-smtpuser=u"], {}, ""),
+    ],
+)
+def test_where_the_password_comes_from(flags, environ, wanted):
+    assert spoolgore.Security(options_of(*flags, "spool"), environ).password() == wanted
+
+
+def test_a_token_that_has_run_out_is_asked_for_again(spool, start, scripted, tmp_path):
+    accepted, runs = ["first"], tmp_path / "runs"
+
+    def auth(line):
+        token = base64.b64decode(line.split()[2])
+        return (
+            b"235 fine\r\n"
+            if token == f"user=app\1auth=Bearer {accepted[0]}\1\1".encode()
+            else b"535 5.7.8 expired\r\n"
+        )
+
+    relay = scripted(["AUTH XOAUTH2"])
+    relay.replies = {"AUTH": auth}
+    (tmp_path / "token").write_text("first\n")
+    command = f"echo >> {runs}; cat {tmp_path}/token"
+    start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtpauth", "xoauth2", "-smtppasswordcommand", command)
+    put(spool, "m1", mail())
+    relay.wait_for(1)
+    relay.connections.items[0].close()  # so that there is another login
+    put(spool, "m2", mail())
+    relay.wait_for(2)
+    assert runs.read_text() == "\n"  # the token that worked is kept
+    accepted[0] = "second"
+    (tmp_path / "token").write_text("second\n")
+    relay.connections.items[-1].close()
+    put(spool, "m3", mail())
+    relay.wait_for(3)
+    assert runs.read_text() == "\n\n" and len(relay.connections.items) == 3  # the second try on the same connection
+
+
+@pytest.mark.parametrize(
+    "command, text",
+    [
+        ("echo s3cret; exit 3", "the password command failed with exit status 3"),
+        ("true", "the password command printed nothing"),
+        ("echo; echo s3cret", "the password command printed nothing"),
+        ("/no/such/command", "the password command failed with exit status 127"),
+    ],
+)
+def test_a_password_command_that_is_no_help(command, text):
+    with pytest.raises(spoolgore.RelayError, match=text) as problem:
+        spoolgore.first_line_of(command, PATIENCE)
+    assert "s3cret" not in str(problem.value)
+
+
+def test_a_password_command_that_hangs(spool, run, scripted):
+    relay = scripted(["AUTH PLAIN"])
+    put(spool, "m1", mail())
+    command = "echo s3cret; sleep 600; true"
+    flags = ["-timeout", 1, "-smtpuser", "app", "-smtppasswordcommand", command, "-smtpaddr", relay.address]
+    daemon = run("-once", *flags)
+    assert_relay_at_fault(daemon, "the password command took longer than 1 s")
+    assert "s3cret" not in "".join(daemon.lines) + (spool / ".spoolgore.js").read_text()
+
+
+def test_what_a_password_command_has_started_ends_with_it(tmp_path):
+    pid = tmp_path / "pid"
+    with pytest.raises(spoolgore.RelayError, match="took longer than 0.5 s"):
+        spoolgore.first_line_of(f"sleep 600 & echo $! > {pid}; wait", 0.5)
+
+    def ended():
+        try:
+            return "State:\tZ" in Path(f"/proc/{pid.read_text().strip()}/status").read_text()
+        except FileNotFoundError:
+            return True
+
+    wait_until(ended)
+
+
+@pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "xoauth2"])
+@pytest.mark.parametrize("length", [1000, 60])
+def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, length):
+    def serve(conversation):
+        conversation.greet()
+        conversation.on_EHLO(conversation.line())
+        said.append(conversation.line())
+        for _ in range({"login": 2, "cram-md5": 1}.get(mechanism, 0)):
+            conversation.send(b"334 VXNlcm5hbWU6\r\n")
+            said.append(conversation.line())
+        repeated = b" ".join(said)[:length]
+        conversation.send(b"535-5.7.8 bad: %s\r\n535 5.7.8 of %s\r\n" % (repeated, secret.encode()))
+        conversation.flush()
+
+    said, secret = [], "ya29.a-token_that-is-long-enough-to-be-cut-and-is-secret-all-the-same"
+    relay = scripted([f"AUTH {mechanism.upper()}"], serve=serve)
+    with pytest.raises(spoolgore.LoginRefused) as refusal:
+        dial(relay.address, "-smtpuser", "app", "-smtpauth", mechanism, "-smtppassword", secret)
+    shown = str(refusal.value)
+    assert shown.startswith("535 5.7.8 bad: ") and shown.endswith("5.7.8 of ***")
+    assert not [sent for sent in (secret, *b" ".join(said).decode().split()) if len(sent) > 10 and sent[:20] in shown]
+
+
+@pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
+def test_a_permanent_reply_to_anything_but_the_mail_is_the_relay_s_fault(spool, run, scripted, certificates, verb):
+    def serve(conversation):
+        conversation.greet(b"554 5.7.1 refused here\r\n" if not verb else b"220 relay.example.org\r\n")
+        while conversation.command():
+            pass
+
+    relay = scripted([*(["STARTTLS"] if verb == "STAR" else []), "AUTH PLAIN"], serve=serve)
+    relay.replies = {verb: b"554 5.7.1 refused here\r\n"} if verb else {}
+    if verb == "EHLO":
+        relay.replies["HELO"] = relay.replies["EHLO"]
+    put(spool, "m1", mail())
+    flags = ["-once", "-fail5xx", "-attempts", 1, "-smtpuser", "app", "-smtppassword", "s3cret"]
+    assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), "554 5.7.1 refused here")
+
+
+# -- CHUNKING, PIPELINING and SIZE at Postfix
+
+AWKWARD = (
+    b"X-Long: " + b"folded\n\t" * 5 + b"end\n" + b"Content-Type: text/plain; charset=utf-8\n\n"
+    b".\n..\n.dots\n\nGr\xc3\xbc\xc3\x9fe\n" + b"x" * 5000 + b"\n\n \ntrailing  \n\xff\xfe\n.\n"
+)
+
+
+@pytest.mark.parametrize("service", ["plain", "unsized", "bare"])
+@pytest.mark.parametrize("size", [0, 200_000])
+def test_a_mail_arrives_at_postfix_byte_for_byte(spool, run, postfix, service, size):
+    recipient = f"bytes.{service}.{size}@example.org"
+    text = mail(recipient, body="", Date="Tue, 24 Nov 2026 07:40:00 +0100").rstrip("\n").encode() + b"\n" + AWKWARD
+    text += b"".join(b".%d\n" % number for number in range(size // 7))
+    put(spool, "m1", text)
+    daemon = run("-once", "-smtpaddr", postfix.at(service))
+    assert daemon.status_code == 0, daemon.lines
+    content = postfix.wait_for(recipient).content
+    assert content.startswith(b"Received: from ")
+    assert content.endswith(b"\r\n" + text.replace(b"\n", b"\r\n"))
+    assert "warning" not in postfix.log() and "improper" not in postfix.log()
+
+
+def test_one_connection_to_postfix_serves_several_mails(spool, start, postfix):
+    daemon = start("-concurrency", 1, "-smtpaddr", postfix.at("plain"))
+    for number in range(4):
+        put(spool, f"m{number}", mail(f"warm{number}@example.org"))
+        postfix.wait_for(f"warm{number}@example.org")
+    daemon.stop()
+    postfix.wait_for_log("disconnect from .* ehlo=1 mail=4 rcpt=4 bdat=4 quit=1 commands=14")
+
+
+@pytest.mark.parametrize("service", ["plain", "bare"])
+def test_postfix_takes_some_recipients_of_a_mail(spool, start, postfix, service):
+    taken = f"taken.{service}@example.org"
+    put(spool, "m1", mail(f"refused@example.org, {taken}, later@example.org"))
+    daemon = start("-smtpaddr", postfix.at(service))
+    assert postfix.wait_for(taken).recipients == [taken]
+    refused = daemon.wait_for_recipient("m1", "refused@example.org", Status=0, Attempts=1)
+    later = daemon.wait_for_recipient("m1", "later@example.org", Status=0, Attempts=1)
+    assert daemon.wait_for_recipient("m1", taken, Status=2, Error="")
+    assert refused["Error"].endswith("<refused@example.org>: Recipient address rejected: not him")
+    assert refused["Error"].startswith("550 " if service == "bare" else "550 5.7.1 ")
+    assert later["Error"].startswith("450 ")
+
+
+def test_postfix_takes_no_recipient_of_a_mail(spool, start, postfix):
+    put(spool, "m1", mail("refused@example.org, later@example.org"))
+    put(spool, "m2", mail("next@example.org"))
+    daemon = start("-concurrency", 1, "-smtpaddr", postfix.at("plain"))
+    assert postfix.wait_for("next@example.org")
+    assert daemon.wait_for_recipient("m1", "refused@example.org", Attempts=1)["Error"].startswith("550 5.7.1 ")
+    daemon.stop()
+    postfix.wait_for_log("ehlo=1 mail=2 rcpt=1/3 bdat=1/2 rset=1 quit=1")
+
+
+def test_postfix_takes_few_recipients_and_connections(spool, run, postfix):
+    everybody = [[f"few.{number}.{letter}@example.org" for letter in "abcdef"] for number in range(20)]
+    for number, addresses in enumerate(everybody):
+        put(spool, f"m{number}", mail(", ".join(addresses)))
+    daemon = run("-once", "-smtpaddr", postfix.at("narrow"))
+    assert daemon.status_code == 0, daemon.lines
+    for addresses in everybody:
+        first, rest = postfix.wait_for(addresses[0]), postfix.wait_for(addresses[-1])
+        assert sorted(map(len, (first.recipients, rest.recipients))) == [2, 4]
+    assert not [line for line in daemon.lines if "error" in line or "unavailable" in line or "attempt: 1" in line]
+    postfix.wait_for_log("too many connections|Connection concurrency limit exceeded")
+
+
+@pytest.mark.parametrize(
+    "service, size, text",
+    [
+        ("plain", 400_000, "are over the relay's limit of 300000"),
+        ("unsized", 400_000, "552 "),
+        ("bare", 400_000, "552 "),
+    ],
+)
+def test_a_mail_that_is_too_large_for_postfix(spool, start, postfix, service, size, text):
+    put(spool, "m1", mail(body="0123456789\n" * (size // 11)))
+    put(spool, "m2", mail(f"after.{service}@example.org"))
+    daemon = start("-fail5xx", "-smtpaddr", postfix.at(service))
+    assert postfix.wait_for(f"after.{service}@example.org")
+    daemon.wait_for("/m1 moved to ")
+    daemon.stop()
+    (failed,) = daemon.status().values()
+    assert text in failed["To"][0]["Error"]
+
 
 # -------------------------------------------------------- several relays, rates
+
+
+def greeting(text):
+    """For ScriptedRelay's serve argument: a relay that greets like this and hangs up."""
+
+    def serve(conversation):
+        conversation.greet(text)
+        conversation.flush()
+
+    return serve
+
+
+def refusing(replies):
+    def serve(conversation):
+        conversation.replies = replies
+        conversation.serve()
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    "serve, text",
+    [
+        (None, "Connection refused"),
+        (greeting(b"421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
+        (greeting(b"554 5.7.1 go away\r\n"), "554 5.7.1 go away"),
+        (refusing({"EHLO": b"451 4.3.0 busy\r\n", "HELO": b"451 4.3.0 busy\r\n"}), "451 4.3.0 busy"),
+        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 who?"),
+        (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 later"),
+    ],
+)
+def test_the_next_relay_is_used_while_one_is_no_good(spool, run, scripted, serve, text):
+    second = scripted(["AUTH PLAIN"])
+    second.replies = {"AUTH": b"235 fine\r\n"}
+    first = scripted(["AUTH PLAIN"], serve=serve)
+    if serve is None:
+        first.stop()
+    for number in range(5):
+        put(spool, f"m{number}", mail())
+    relays = f"{first.address}, {second.address}"
+    daemon = run("-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", relays)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(second.mails.items) == 5 and not first.mails.items
+    complaints = [line for line in daemon.lines if line.startswith("relay unavailable, ")]
+    assert len(complaints) == 1 and complaints[0].endswith(text) and first.address in complaints[0]
+    assert sum("attempt: 0" in line for line in daemon.lines) == 5
+    assert serve is None or len(first.connections.items) <= 2  # one, and a probe perhaps: not one for each mail
+
+
+def test_the_first_relay_is_preferred_and_taken_back_when_it_answers_again(spool, start, scripted):
+    port, second = free_port(), scripted()
+    daemon = start("-smtpaddr", f"127.0.0.1:{port},{second.address}")
+    put(spool, "m1", mail())
+    second.wait_for(1)
+    first = scripted(port=port)
+    daemon.wait_for(f"relay available again, 127.0.0.1:{port}")  # by its own probing
+    for number in range(2, 6):
+        put(spool, f"m{number}", mail())
+    first.wait_for(4)
+    first.stop()
+    put(spool, "m6", mail())
+    second.wait_for(2)
+    assert len(first.mails.items) == 4 and len(second.mails.items) == 2
+
+
+def test_all_relays_down_is_said_of_each(spool, run, scripted):
+    relays = [scripted(serve=greeting(b"554 %d\r\n" % number)) for number in range(2)]
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", ",".join(relay.address for relay in relays))
+    assert daemon.status_code == 75
+    assert only_recipient(daemon)["Error"] == f"{relays[0].address}: 554 0; {relays[1].address}: 554 1"
+
+
+@pytest.fixture
+def ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+
+
+def relay_on(address):
+    """aiosmtpd on one of this machine's addresses."""
+    controller = Relay()
+    controller.hostname = address
+    controller.start()
+    return controller
+
+
+def test_an_ipv6_relay(spool, run, ipv6):
+    relay = relay_on("::1")
+    try:
+        put(spool, "m1", mail())
+        daemon = run("-once", "-helo", "app.example.org", "-smtpaddr", f"[::1]:{relay.port}")
+        assert daemon.status_code == 0, daemon.lines
+        assert len(relay.mails) == 1
+    finally:
+        relay.stop()
+
+
+@pytest.mark.parametrize("listening", ["127.0.0.1", "127.0.0.2"])
+def test_a_name_with_several_addresses_tries_them_all(monkeypatch, listening):
+    def getaddrinfo(host, port, **_):
+        assert host == "relay.example.org"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (at, port)) for at in ("127.0.0.1", "127.0.0.2")]
+
+    monkeypatch.setattr(spoolgore.socket, "getaddrinfo", getaddrinfo)
+    with socket.create_server((listening, 0)) as server:
+        address = spoolgore.Address("relay.example.org", server.getsockname()[1])
+        with spoolgore.connect(address, PATIENCE) as sock:
+            assert sock.getpeername() == server.getsockname()
+    with pytest.raises(ConnectionRefusedError):
+        spoolgore.connect(address, PATIENCE)
+
+
+def test_localhost_is_every_address_that_it_has(spool, run, relay):
+    put(spool, "m1", mail())  # ::1, where it is one of them, does not listen
+    assert run("-once", "-smtpaddr", f"localhost:{relay.port}").status_code == 0
+    assert len(relay.mails) == 1
+
+
+# -- the name for EHLO
+
+
+def test_the_name_that_is_given_for_ehlo(spool, run, relay):
+    put(spool, "m1", mail())
+    run("-once", "-helo", "app.example.org", "-smtpaddr", relay.address)
+    assert relay.mails[0].session.host_name == "app.example.org"
+
+
+@pytest.mark.parametrize(
+    "machine, name",
+    [("app.example.org", "app.example.org"), ("app", "[127.0.0.1]"), ("localhost.localdomain", "[127.0.0.1]")],
+)
+def test_the_name_for_ehlo_is_the_machine_s_if_it_is_a_full_one(monkeypatch, scripted, machine, name):
+    lookups, relay = [], scripted()
+    monkeypatch.setattr(spoolgore.socket, "getfqdn", lambda: lookups.append(1) or machine)
+    security = spoolgore.Security(options_of("spool"), {})
+    address = spoolgore.Address("127.0.0.1", relay.port)
+    for _ in range(3):
+        spoolgore.Connection(address, PATIENCE).dial(security).close()
+    assert [line for conversation in relay.connections.items for line in conversation.commands] == [
+        f"ehlo {name}".encode()
+    ] * 3
+    assert len(lookups) == 1
+
+
+def test_postfix_accepts_the_name_that_is_said_by_default(spool, run, postfix):
+    put(spool, "m1", mail("by.default@example.org"))
+    daemon = run("-once", "-smtpaddr", postfix.at("plain", "127.0.0.1"))
+    assert daemon.status_code == 0, daemon.lines
+    name = re.match(rb"Received: from (\S+) ", postfix.wait_for("by.default@example.org").content)[1].decode()
+    full = socket.getfqdn()
+    assert name == (full if "." in full and not full.startswith("localhost") else "[127.0.0.1]")
+
+
+# -- what stands in Error
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "end"])
+def test_every_line_of_a_reply_stands_in_the_error(spool, run, scripted, verb):
+    reply = b"450-4.7.1 Greylisted, see\r\n450-4.7.1  https://example.org/why\r\n450 4.7.1 and come again\r\n"
+
+    def serve(conversation):
+        if verb == "end":
+            conversation.take = lambda content: conversation.send(reply)
+        conversation.serve()
+
+    relay = scripted((), serve=serve)
+    relay.replies = {verb: reply}
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", relay.address)
+    recipient = only_recipient(daemon)
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 1)
+    assert recipient["Error"] == "450 4.7.1 Greylisted, see\n4.7.1  https://example.org/why\n4.7.1 and come again"
+    assert any(
+        line.endswith("450 4.7.1 Greylisted, see 4.7.1  https://example.org/why 4.7.1 and come again")
+        for line in daemon.lines
+    )
+
+
+# -- -rate
+
+
+class TimedRelay(ScriptedRelay):
+    """Notes when each recipient was accepted."""
+
+    def __init__(self):
+        super().__init__(())
+        self.times = Collector()
+        self.replies = {"RCPT": self.note}
+
+    def note(self, line):
+        self.times.add((time.monotonic(), path_of(line)))
+        return None
+
+    def most_in_a_window(self, seconds):
+        ledger = Ledger()
+        ledger.sent = [(moment, moment, 1) for moment, _ in self.times.items]
+        return ledger.most_in_a_window(seconds)
+
+
+@pytest.fixture
+def timed():
+    relay = TimedRelay()
+    yield relay
+    relay.stop()
+
+
+def numbered(line):
+    return int(re.search(r"(\d+)@", line)[1])
+
+
+def spool_numbered(spool, numbers):
+    """Mails whose order is that of their times, but not that of their names."""
+    for number in numbers:
+        put(spool, f"m{number * 7 % 100:02}", mail(f"{number}@example.org"))
+        os.utime(spool / f"m{number * 7 % 100:02}", (NOW + number, NOW + number))
+
+
+def test_in_no_window_more_than_the_rate_and_in_order(spool, run, timed):
+    spool_numbered(spool, range(16))
+    daemon = run("-once", "-rate", "10/s", "-smtpaddr", timed.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(timed.times.items) == 16 and timed.most_in_a_window(1) <= 10
+    sending = [numbered(line) for line in daemon.lines if " sending mail to " in line]
+    assert sending == sorted(sending)
+    assert len(timed.connections.items) <= 10 and not any("attempt: 1" in line for line in daemon.lines)
+
+
+def test_recipients_are_what_the_rate_counts(spool, run, timed):
+    everybody = [f"{number}@example.org" for number in range(8)]
+    put(spool, "m1", mail(", ".join(everybody)))
+    daemon = run("-once", "-rate", "5/s", "-smtpaddr", timed.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert [len(mail.recipients) for mail in timed.mails.items] == [5, 3]
+    assert timed.most_in_a_window(1) <= 5
+
+
+def test_the_rate_holds_across_kills(spool, start, timed):
+    spool_numbered(spool, range(25))
+    for kills in range(1, 3):
+        daemon = start("-rate", "10/s", "-smtpaddr", timed.address)
+        timed.times.wait_for(kills * 8)
+        daemon.kill()
+    start("-rate", "10/s", "-smtpaddr", timed.address)
+    wait_until(lambda: not names(spool))
+    assert {address for _, address in timed.times.items} == {f"{number}@example.org" for number in range(25)}
+    assert timed.most_in_a_window(1) <= 10
+
+
+def test_once_leaves_what_would_have_to_wait_for_more_than_a_minute(spool, run, timed):
+    spool_numbered(spool, range(5))
+    flags = ["-once", "-rate", "3/h,100/s", "-smtpaddr", timed.address]
+    daemon = run(*flags)
+    assert daemon.status_code == 75 and len(names(spool)) == 2
+    assert sorted(numbered(address) for _, address in timed.times.items) == [0, 1, 2]
+    again = run(*flags)
+    assert again.status_code == 75 and len(names(spool)) == 2 and len(timed.times.items) == 3
+    for name in names(spool):
+        assert all(r["Attempts"] == 0 and r["Status"] == 0 for r in again.recipients(name).values())
+
+
+def test_a_daemon_that_waits_for_its_turn_stops_at_once_and_takes_flush_for_no_reason(spool, start, timed):
+    spool_numbered(spool, range(4))
+    daemon = start("-rate", "2/h", "-concurrency", 1, "-smtpaddr", timed.address)
+    timed.times.wait_for(2)
+    wait_until(lambda: len(names(spool)) == 2)
+    daemon.send("SIGURG")
+    daemon.wait_for("spool directory flushed")
+    put(spool, "late", mail("9@example.org"))
+    assert daemon.stop() == 0
+    assert daemon.lines[-1] in ("stopped (2 messages in the queue)", "stopped (3 messages in the queue)")
+    assert len(timed.times.items) == 2 and len(names(spool)) == 3
+
+
+def test_a_relay_that_is_down_uses_up_no_rate(spool, start, scripted):
+    port = free_port()
+    daemon = start("-rate", "2/h", "-smtpaddr", f"127.0.0.1:{port}")
+    put(spool, "m1", mail())
+    put(spool, "m2", mail())
+    daemon.wait_for("relay unavailable")
+    relay = scripted(port=port)
+    relay.wait_for(2)
+
+
+def test_wrong_rates_and_addresses_are_refused_at_the_start(spool):
+    for flags in (["-rate", "0/s"], ["-rate", "5/w"], ["-smtpaddr", "[::1"], ["-smtpaddr", "a:25,,b:25"]):
+        done = spoolgore_run(*flags, spool)
+        assert done.returncode == 2 and done.stderr.startswith('invalid value "')
 
 
 # ---------------------------------------------------------- crashes, full disks
