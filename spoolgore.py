@@ -359,6 +359,8 @@ FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")  # RFC 5322 2.2, and 4.5's space befo
 UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, and an open quotation ends the text
     r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|(?<![^\s,:;<>"()])((?=[^\s,:;<>"()@]+@)[^\s,:;<>"()]+)(?=\s*<)'
 )
+NO_DOMAIN = re.compile(r"@(?=\s*(?:[,;>]|\Z))")
+PLACEHOLDER = "\x7f"  # a domain that no relay is told of
 ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 PLAIN = re.compile(rf"([A-Za-z0-9 ]*<)?({ATOM}(?:\.{ATOM})*@[\w-]+(?:\.[\w-]+)*)(?(1)>)", re.ASCII)
 QUOTED_LOCAL = re.compile(r'"(?:[^"\\<>\x00-\x1f\x7f]|\\[ -;=?-~])+"')
@@ -431,8 +433,10 @@ def parse_addresses(text):
     if plain := PLAIN.fullmatch(text):  # nearly all there are, and a twentieth of the time
         return [plain[2]]
     text = UNQUOTED_NAME.sub(lambda match: match[1] or f'"{match[2]}"', text)
+    text = NO_DOMAIN.sub("@" + PLACEHOLDER, text)  # else email drops this recipient, and nobody hears of it
     try:
-        return [address for _, address in email.utils.getaddresses([text], **LENIENT) if address]
+        found = email.utils.getaddresses([text], **LENIENT)
+        return [address.rstrip(PLACEHOLDER) for _, address in found if address]
     except RecursionError:
         raise BadMessage("comments nested too deep") from None
 

@@ -731,6 +731,8 @@ ADDRESS_LISTS = [
     ("jörg@bücher.example", ["jörg@bücher.example"]),
     ("root", ["root"]),
     ("<>", []),
+    ("b@x.org, nosuch@ , <nosuch2@>", ["b@x.org", "nosuch@", "nosuch2@"]),
+    ('"a@, b" <c@x.org> (d@)', ["c@x.org"]),
 ]
 
 
