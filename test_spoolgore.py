@@ -8,6 +8,7 @@ import contextlib
 import email
 import email.policy
 import email.utils
+import functools
 import io
 import itertools
 import json
@@ -1017,9 +1018,14 @@ def test_size_is_exact_when_the_mail_is_held_whole():
 # ---------------------------------------------- what a relay reads of a message
 
 
-def connection_to(relay):
-    options = options_of("-smtpaddr", relay.address, "-timeout", str(PATIENCE), "-helo", "app.example.org", "spool")
-    return spoolgore.Connection(options.smtpaddr[0], options.timeout).dial(spoolgore.Security(options, {}))
+@functools.cache
+def security_of(*flags):
+    return spoolgore.Security(options_of("-helo", "app.example.org", *flags, "spool"), {})
+
+
+def connection_to(relay, timeout=PATIENCE):
+    """An open Connection in this process."""
+    return spoolgore.Connection(spoolgore.Address("127.0.0.1", relay.port), timeout).dial(security_of())
 
 
 @pytest.mark.parametrize(
@@ -2330,6 +2336,121 @@ def test_when_progress_has_the_next_word():
 
 
 # -------------------------------------- connections, PIPELINING, CHUNKING, SIZE
+
+LOST = None  # in a script: the relay closes the connection instead of replying
+MODES = [("8BITMIME",), ("PIPELINING",), ("CHUNKING",), ("PIPELINING", "CHUNKING")]
+
+
+def replies(*codes):
+    return st.sampled_from([b"%d scripted" % code if code else LOST for code in codes])
+
+
+class Scene:
+    """A relay that gives one transaction these replies, and is well-behaved before and after it."""
+
+    def __init__(self, mail, rcpts, data, content):
+        self.mail, self.rcpts, self.data, self.content = mail, list(rcpts), data, content
+        self.contents, self.closed = [], False
+
+    def perform(self, talk):
+        """The scene as the entries of talk.replies."""
+        rcpts = iter(self.rcpts)
+        verbs = {"MAIL": lambda _: self.say(talk, self.mail), "RCPT": lambda _: self.say(talk, next(rcpts))}
+        talk.replies = {**verbs, "DATA": lambda _: self.on_data(talk), "BDAT": lambda line: self.on_bdat(talk, line)}
+
+    def on_data(self, talk):
+        answer = self.say(talk, self.data)
+        if not answer.startswith(b"354"):
+            return answer
+        talk.send(answer)
+        return self.take(talk, talk.data())
+
+    def on_bdat(self, talk, line):
+        return self.take(talk, talk.read(int(line.split()[1])))
+
+    def take(self, talk, content):
+        self.contents.append(content)
+        return self.say(talk, self.content)
+
+    def say(self, talk, reply):
+        self.closed = reply is LOST or reply.startswith(b"421")
+        if self.closed:
+            talk.send(reply + b"\r\n" if reply else b"")
+            talk.flush()
+            raise EOFError
+        return reply + b"\r\n"
+
+    # -- what the client must make of it
+
+    def outcome(self, number, chunked, at_once):
+        """A recipient's verdict, the reply behind it (LOST: none), and whether the mail may have arrived."""
+        deferred, at_the_end = spoolgore.Verdict.DEFERRED, (self.content,) if chunked else (self.data, self.content)
+        everything = [self.mail, *self.rcpts, *at_the_end]
+        end = next((n for n, reply in enumerate(everything) if reply is LOST or reply.startswith(b"421")), math.inf)
+        for place, reply in [(0, self.mail), (number + 1, self.rcpts[number])]:
+            if place > end or reply is LOST:
+                return deferred, LOST, at_once
+            if not reply.startswith(b"2"):
+                return self.verdict(reply), reply, False
+        for place, reply in enumerate(at_the_end, len(self.rcpts) + 1):
+            last = place == len(everything) - 1
+            if place > end or reply is LOST:
+                return deferred, LOST, at_once or (last and place <= end)
+            if not reply.startswith(b"354"):
+                return self.verdict(reply), reply, False
+        raise AssertionError("a scene ends with a reply to the content")
+
+    @staticmethod
+    def verdict(reply):
+        verdicts = {b"2": spoolgore.Verdict.DELIVERED, b"5": spoolgore.Verdict.REFUSED}
+        return verdicts.get(reply[:1], spoolgore.Verdict.DEFERRED)
+
+
+SCENES = st.builds(
+    Scene,
+    replies(250, 250, 250, 450, 550, 421, LOST),
+    st.lists(replies(250, 250, 450, 550, 421, LOST), min_size=1, max_size=3),
+    replies(354, 354, 354, 450, 554, 421, LOST),
+    replies(250, 250, 450, 550, 421, LOST),
+)
+
+
+@pytest.mark.parametrize("extensions", MODES, ids=" and ".join)
+def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensions):
+    relay = scripted(extensions)
+    message = read_message(mail().encode())
+    chunked, at_once = "CHUNKING" in extensions, extensions == ("PIPELINING", "CHUNKING")
+
+    @settings(EXAMPLES, max_examples=150)
+    @given(SCENES, st.booleans())
+    def check(scene, warm):
+        addresses = [f"u{number}@x.org" for number in range(len(scene.rcpts))]
+        with contextlib.closing(connection_to(relay)) as connection:
+            talk = relay.connections.items[-1]
+            if warm:
+                connection.transact("app@x.org", ["a@x.org"], message)
+            scene.perform(talk)
+            unanswered = warm and (scene.mail is LOST or scene.mail.startswith(b"421"))
+            try:
+                outcomes = connection.transact("app@x.org", addresses, message)
+            except spoolgore.Unanswered:
+                assert unanswered
+                assert connection.broken
+                return
+            assert not unanswered
+            for number, address in enumerate(addresses):
+                verdict, reply, maybe = scene.outcome(number, chunked, at_once)
+                assert outcomes[address].verdict is verdict
+                assert ("may have arrived" in outcomes[address].text) is maybe
+                assert reply is LOST or outcomes[address].text == reply.decode()
+            assert connection.broken is scene.closed
+            accepted = [rcpt for rcpt in scene.rcpts if scene.mail[:1] == rcpt[:1] == b"2"] if scene.contents else []
+            assert all(content == (message.whole if accepted or chunked else b"") for content in scene.contents)
+            if not connection.broken:
+                talk.replies = {}
+                assert connection.transact("app@x.org", ["b@x.org"], message)["b@x.org"].text == "250 2.0.0 taken"
+
+    check()
 
 
 # --------------------------------------------------------------- TLS and logins
