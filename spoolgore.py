@@ -1917,7 +1917,7 @@ class Relay:
         self.dialling += 1
         try:
             connection = self._dial()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001
             return self._dial_failed(error)
         finally:
             self.dialling -= 1
@@ -1927,16 +1927,19 @@ class Relay:
         return connection
 
     def _dial_failed(self, error):
-        """With other connections up the relay has enough of us; with none it is down."""
-        if self.established:
+        """With other connections up the relay has enough of us; with none, or when it refuses the login, it is down."""
+        if self.established and not isinstance(error, LoginRefused):
             self.cap, self._capped = self.established, time.monotonic()
         elif not self.down:
             self._go_down(error)
 
     def _wait(self):
+        """Until there may be a connection, or the relay may take more of them than it did."""
         turn = gevent.event.Event()
         self._waiting.append(turn)
-        turn.wait()
+        turn.wait(CAP_SECONDS)
+        if not turn.is_set():
+            self._waiting.remove(turn)
 
     def _wake(self, count):
         for _ in range(min(count, len(self._waiting))):
@@ -1989,14 +1992,17 @@ class Relay:
             self._probe_now.wait(probe_delay(failures, login_refused))
             failures += 1
             try:
-                self._came_up(self._dial())
-            except OSError as error:
+                connection = self._dial()
+            except Exception as error:  # noqa: BLE001
                 login_refused = isinstance(error, LoginRefused)
                 self._say_down(error)
+            else:
+                self._came_up(connection)
 
     def _came_up(self, connection):
         log.info("relay available again, %s", self.name)
         self.down = ""
+        self.cap = self.limit
         self.established += 1
         self._release(connection)
         self.on_up()

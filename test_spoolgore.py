@@ -2453,6 +2453,190 @@ def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensi
     check()
 
 
+# The store of connections, in this process, with a dial of its own: no wake-up is lost, nothing is counted twice.
+
+
+class Wire:
+    """A connection to an Island."""
+
+    broken = False
+
+    def __init__(self, island):
+        self.island, self.used = island, time.monotonic()
+        island.wires.add(self)
+        island.most_wires = max(island.most_wires, len(island.wires))
+
+    def idle_for(self):
+        return time.monotonic() - self.used
+
+    def usable(self):
+        return self in self.island.wires
+
+    def transact(self, sender, addresses, message, carefully):
+        self.island.transact(self, message)
+        self.used = time.monotonic()
+        return dict.fromkeys(addresses, spoolgore.Outcome(spoolgore.Verdict.DELIVERED))
+
+    def close(self):
+        self.island.wires.discard(self)
+
+    quit_politely = close
+
+
+class Island:
+    """What Relay dials: it takes so many connections, none while it is away, and breaks some as chance will have it."""
+
+    def __init__(self, room, chance=None):
+        self.room, self.chance, self.away = room, chance, False
+        self.wires, self.most_wires, self.dials, self.delivered = set(), 0, 0, []
+        self.stuck = gevent.event.Event()  # ends the transaction of a message called stuck
+
+    def dial(self):
+        self.dials += 1
+        try:
+            gevent.sleep(self.chance.choice([0, 0, 0.001]) if self.chance else 0)
+            if self.chance and self.chance.random() < 0.1:
+                raise ValueError("a fault of this program")
+            if self.away or len(self.wires) >= self.room:
+                raise ConnectionRefusedError("no room")
+            return Wire(self)
+        finally:
+            self.dials -= 1
+
+    def transact(self, wire, message):
+        if message == "stuck":
+            self.stuck.wait()
+        elif self.chance:
+            gevent.sleep(self.chance.choice([0, 0, 0.001]))
+            wire.broken = self.away or self.chance.random() < 0.1
+            if wire.broken and (self.away or self.chance.random() < 0.5):
+                raise spoolgore.Unanswered
+        self.delivered.append(message)
+
+    def weather(self):
+        """Come and go, drop what is connected, take more connections or fewer, for ever."""
+        while True:
+            gevent.sleep(0.01)
+            self.away, self.room = self.chance.random() < 0.3, self.chance.randint(1, 10)
+            if self.away:
+                self.wires.clear()
+
+
+class Senders:
+    """A greenlet for each message; those for which the relay was down go again when it is up, as the spooler does it."""
+
+    def __init__(self, island, limit=8):
+        self.pool, self.held, self.sent = gevent.pool.Pool(30), [], []
+        self.relay = spoolgore.Relay("island", island.dial, limit, self.go_again)
+
+    def send(self, message):
+        self.pool.spawn(self._send, message)
+
+    def _send(self, message):
+        try:
+            self.relay.send("app@x.org", ["a@x.org"], message)
+            self.sent.append(message)
+        except spoolgore.RelayDown:
+            self.held.append(message)
+            if not self.relay.down:  # it came up in between
+                self.go_again()
+
+    def go_again(self):
+        held, self.held = self.held, []
+        for message in held:
+            gevent.spawn(self.send, message)
+
+    def wait_for(self, *messages):
+        with gevent.Timeout(PATIENCE, AssertionError(f"waited in vain: {vars(self.relay)}")):
+            while not set(messages) <= set(self.sent):
+                gevent.sleep(0.001)
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Time goes faster for a Relay."""
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", 0.02)
+    monkeypatch.setattr(spoolgore, "probe_delay", lambda failures, login_refused: 0.003)
+
+
+@pytest.mark.parametrize("cap_seconds", [0.02, 3600])  # with the latter nobody wakes up by the clock
+@pytest.mark.parametrize("seed", range(6))
+def test_no_wake_up_is_lost_and_no_connection_miscounted(hurried, monkeypatch, cap_seconds, seed):
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", cap_seconds)
+    island = Island(5, random.Random(seed))
+    weather = gevent.spawn(island.weather)
+    senders = Senders(island)
+    for number in range(500):
+        senders.send(number)
+    senders.wait_for(*range(500))
+    weather.kill()
+    relay = senders.relay
+    assert len(senders.sent) == len(set(senders.sent)) == 500
+    assert (relay.established, relay.dialling) == (len(relay.idle), 0)
+    assert not relay._waiting
+    assert island.wires <= set(relay.idle)
+    assert island.most_wires <= 8
+    relay.close()
+    assert relay.established == 0
+
+
+def test_a_limit_on_connections_is_not_believed_for_ever(hurried):
+    island = Island(room=1)
+    senders = Senders(island)
+    senders.send("stuck")
+    senders.send("waits for a connection")
+    gevent.sleep(0.005)
+    assert (senders.relay.cap, len(island.wires)) == (1, 1)
+    island.room = 2
+    senders.wait_for("waits for a connection")
+    assert island.delivered == ["waits for a connection"]
+    senders.relay.close()
+
+
+def test_a_limit_on_connections_is_forgotten_after_an_outage(hurried, monkeypatch):
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", 3600)
+    island = Island(room=1)
+    senders = Senders(island)
+    senders.send("stuck")
+    senders.send(1)
+    gevent.sleep(0.005)
+    assert senders.relay.cap == 1
+    island.away = True
+    next(iter(island.wires)).broken = True
+    island.stuck.set()
+    senders.wait_for("stuck")
+    with gevent.Timeout(PATIENCE):
+        while not senders.held:
+            gevent.sleep(0.001)
+    island.away, island.room = False, 10
+    senders.wait_for(1)
+    assert senders.relay.cap == 8
+    senders.relay.close()
+
+
+def test_a_refused_login_stops_all_dials_though_others_are_up(hurried, monkeypatch):
+    refused = []
+
+    def dial():
+        if senders.relay.established:
+            refused.append(1)
+            raise spoolgore.LoginRefused("535 no")
+        return Wire(island)
+
+    monkeypatch.setattr(spoolgore, "probe_delay", lambda failures, login_refused: 3600 if login_refused else 0.003)
+    island = Island(room=10)
+    senders = Senders(island)
+    senders.relay._dial = dial
+    senders.send("stuck")
+    for number in range(20):
+        senders.send(number)
+    gevent.sleep(0.1)
+    assert len(refused) == 1
+    assert senders.relay.down == "island: 535 no"
+    island.stuck.set()
+    senders.relay.close()
+
+
 # --------------------------------------------------------------- TLS and logins
 
 
