@@ -1598,7 +1598,8 @@ class Transaction:
 
     def _read_reply(self):
         last_of_chunked = self.chunked and len(self.replies) > len(self.addresses)
-        reply = self.connection.reply(FINAL_REPLY_SECONDS if last_of_chunked else None)
+        # a relay may hold its replies to what came in one write until it has dealt with all of it
+        reply = self.connection.reply(FINAL_REPLY_SECONDS if self.complete else None)
         self.replies.append(reply)
         if reply.code == 421:
             self.lost, self.connection.broken = str(reply), True

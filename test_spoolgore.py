@@ -2334,11 +2334,348 @@ def test_when_progress_has_the_next_word():
 
 # ---------------------------------------------------------- faults of the relay
 
+# Before a transaction: a fault of the relay as a whole. After each of these the connection is dead.
+
+
+def hold(talk):
+    """Say nothing more, but keep the connection until the client ends it."""
+    with contextlib.suppress(EOFError):
+        while True:
+            talk.receive()
+    raise EOFError
+
+
+def drip(talk, text):
+    """Two octets a second, for ever."""
+    for octet in itertools.cycle(text):
+        talk.send(bytes([octet]))
+        talk.flush()
+        time.sleep(0.5)
+
+
+def say_and_close(text):
+    def serve(talk):
+        talk.send(text)
+        talk.flush()
+        raise EOFError
+
+    return serve
+
+
+def after_ehlo(*replies):
+    """A relay that gives these replies to EHLO and what follows it, then none."""
+
+    def serve(talk):
+        talk.greet()
+        for reply in replies:
+            talk.line()
+            talk.send(reply)
+        hold(talk)
+
+    return serve
+
+
+NO_RELAY = {  # what is dialled, and what the status says
+    "accepts and is silent": (hold, "timed out waiting for the relay's reply"),
+    "closes at once": (say_and_close(b""), "connection closed by the relay"),
+    "closes after the banner": (say_and_close(b"220 hello\r\n"), "connection closed by the relay"),
+    "two octets a second": (lambda talk: drip(talk, b"220-hello\r\n"), "timed out waiting for the relay's reply"),
+    "200,000 lines": (say_and_close(b"220-hello\r\n" * 200_000), "not an SMTP reply: 220-hello"),
+    "a line of 1 MB": (say_and_close(b"220 " + b"x" * 2**20), "not an SMTP reply: 220 xxxx"),
+    "garbage": (say_and_close(bytes(range(256)) * 10 + b"\n"), "not an SMTP reply: "),
+    "refuses with 421": (say_and_close(b"421 4.3.2 busy\r\n"), "421 4.3.2 busy"),
+    "refuses with 554": (say_and_close(b"554 no service\r\n"), "554 no service"),
+    "421 to EHLO": (after_ehlo(b"421 4.3.2 not now\r\n"), "421 4.3.2 not now"),
+    "silent in the TLS handshake": (
+        after_ehlo(b"250-hi\r\n250 STARTTLS\r\n", b"220 go ahead\r\n"),
+        "timed out in the TLS handshake",
+    ),
+}
+
+
+def test_relays_that_cannot_be_used_cost_no_attempt(spool, scripted, start):
+    texts = {scripted(serve=serve).address: text for serve, text in NO_RELAY.values()}
+    texts[f"127.0.0.1:{free_port()}"] = "Connection refused"
+    texts[f"nowhere.invalid:{free_port()}"] = "(Name or service not known|.*failure in name resolution)"
+    daemon = start("-smtpaddr", ",".join(texts), "-timeout", 1)
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    bob = wait_until(lambda: found if (found := daemon.recipients("m1").get("b@x.org", {})).get("Error") else None)
+    for (address, text), error in zip(texts.items(), bob["Error"].split("; ")):
+        assert re.match(f"{re.escape(address)}: {text}", error)
+        assert daemon.wait_for(f"relay unavailable, {re.escape(address)}: {text}")
+    assert (bob["Status"], bob["Attempts"], bob["NextAttempt"]) == (0, 0, daemon.status()["m1"]["Enqueued"])
+    assert names(spool) == ["m1"]
+    assert len([line for line in daemon.lines if "unavailable" in line]) == len(texts)  # each is said once
+    assert daemon.stop() == 0
+
+
+# In a transaction: the sender's local part says what goes wrong. The fault of one mail is an attempt of that mail.
+
+
+def stop_reading(talk):
+    talk.flush()
+    talk.relay.over.wait(PATIENCE)
+    raise EOFError
+
+
+def close(talk):
+    talk.flush()
+    raise EOFError
+
+
+def say(text, then=close):
+    def act(talk):
+        talk.send(text)
+        then(talk)
+
+    return act
+
+
+def refuse_unread(talk):
+    """Refuse the content when little of it was read, and hear no more."""
+    talk.receive()
+    say(b"552 5.3.4 too much\r\n", then=stop_reading)(talk)
+
+
+def read_a_little(then):
+    def act(talk):
+        talk.receive()
+        then(talk)
+
+    return act
+
+
+MAYBE = re.escape(" (no reply to the content: the mail may have arrived)")
+CLOSED, SILENT = (
+    "connection closed by the relay|Connection reset by peer|Broken pipe",
+    "timed out waiting for the relay's reply",
+)
+DEAF = "timed out, the relay does not read what it is sent"
+SICK = {  # the sender: the command that it happens at, what the relay does, and the recipient's Error
+    "closes-after-mail": ("MAIL", close, CLOSED),
+    "closes-after-rcpt": ("RCPT", close, CLOSED),
+    "silent-after-mail": ("MAIL", hold, SILENT),
+    "silent-after-rcpt": ("RCPT", hold, SILENT),
+    "drips": ("MAIL", lambda talk: drip(talk, b"250-\r\n"), SILENT),
+    "garbage": ("MAIL", say(b"\x00\xff\r\n", then=hold), "not an SMTP reply: "),
+    "many-lines": ("RCPT", say(b"250-fine\r\n" * 200_000), "not an SMTP reply: 250-fine"),
+    "long-line": ("RCPT", say(b"250 " + b"x" * 2**20), "not an SMTP reply: 250 xxx"),
+    "ends-at-mail": ("MAIL", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "ends-at-rcpt": ("RCPT", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "ends-after-content": ("take", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "closes-after-content": ("take", close, f"(?:{CLOSED}){MAYBE}"),
+    "large-closes-in-content": ("content", read_a_little(then=close), CLOSED),
+    "large-deaf-in-content": ("content", read_a_little(then=stop_reading), DEAF),
+    "large-refused-in-content": ("content", refuse_unread, "552 5.3.4 too much"),
+}
+
+
+def sickroom(talk):
+    """Serve, and do to each mail what its sender asks for."""
+
+    def fault(place, talk=talk):
+        sender = getattr(talk, "sender", "").partition("@")[0]
+        if SICK.get(sender, ("", None))[0] == place:
+            talk.relay.sick.add(sender)
+            SICK[sender][1](talk)
+
+    def on_mail(line):
+        talk.on_MAIL(line)
+        talk.pending = talk.pending[: -len(b"250 2.1.0 fine\r\n")]
+        fault("MAIL")
+        return b"250 2.1.0 fine\r\n"
+
+    def on_rcpt(line):
+        fault("RCPT")
+
+    def on_data(line):
+        talk.send(b"354 go ahead\r\n")
+        talk.flush()
+        fault("content")
+        talk.take(talk.data())
+        return b""
+
+    def take(content):
+        fault("take")
+        Conversation.take(talk, content)
+
+    talk.take, talk.replies = take, {"MAIL": on_mail, "RCPT": on_rcpt, "DATA": on_data}
+    talk.serve()
+
+
+@pytest.fixture
+def sick_relay(scripted):
+    def starter(*extensions):
+        relay = scripted(extensions, serve=sickroom)
+        relay.sick, relay.over = Collector(), threading.Event()
+        started.append(relay)
+        return relay
+
+    started = []
+    yield starter
+    for relay in started:
+        relay.over.set()
+
+
+def put_sick(spool, name):
+    large = "a line of thirty-two octets.....\n" * 2**19 if name.startswith("large") else ""  # more than sockets hold
+    put(spool, name, mail("a@x.org", f"{name}@example.org", large))
+
+
+@pytest.mark.parametrize("extensions", [("PIPELINING",), ("CHUNKING",)], ids=" and ".join)
+def test_a_transaction_that_goes_wrong_is_an_attempt_of_its_mail(spool, sick_relay, start, extensions):
+    relay = sick_relay(*extensions)
+    daemon = start("-smtpaddr", relay.address, "-timeout", 1)
+    healthy = [f"healthy{number}@example.org" for number in range(20)]
+    for name in SICK:
+        put_sick(spool, name)
+    for sender in healthy:
+        put(spool, sender, mail("a@x.org", sender))
+    relay.wait_for(len(healthy))
+    daemon.wait_for("SMTP error", len(SICK))
+    daemon.stop()
+    entries = daemon.status()
+    assert names(spool) == sorted(entries) == sorted(SICK)
+    assert sorted(received.sender for received in relay.mails.items) == sorted(healthy)
+    for name, (_, _, text) in SICK.items():
+        (alice,) = entries[name]["To"]
+        assert re.match(rf"(?:{text})(?!{MAYBE})", alice["Error"]), name
+        assert (alice["Status"], alice["Attempts"]) == (0, 1), name
+        assert spoolgore.parse_time(alice["NextAttempt"]) > spoolgore.parse_time(entries[name]["Enqueued"]) + 59
+    assert not [line for line in daemon.lines if "unavailable" in line or "Traceback" in line]
+
+
+def test_a_sick_connection_holds_up_nobody_else(spool, sick_relay, start):
+    """With the usual time limits, so that all that is sick stays so until the end."""
+    relay = sick_relay("PIPELINING")
+    daemon = start("-smtpaddr", relay.address)
+    sick = ["drips", "large-deaf-in-content", "silent-after-mail", "silent-after-rcpt"]
+    for name in sick:
+        put_sick(spool, name)
+    relay.sick.wait_for(len(sick))
+    for number in range(50):
+        put(spool, f"m{number}", mail(sender=f"healthy{number}@example.org"))
+    relay.wait_for(50)
+    wait_until(lambda: names(spool) == sick)
+    assert not [line for line in daemon.lines if "error" in line]
+
+
+OFFERS = [("8BITMIME",), ("PIPELINING",), ("CHUNKING",), ("PIPELINING", "CHUNKING")]
+
+
+def send_to_alice(connection):
+    """The outcome of a mail with one recipient."""
+    message = read_message(mail().encode())
+    return connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_a_relay_may_take_longer_over_a_whole_mail_than_over_a_command(scripted, extensions):
+    def serve(talk):
+        talk.take = lambda content: (time.sleep(0.5), Conversation.take(talk, content))
+        talk.serve()
+
+    connection = connection_to(scripted(extensions, serve=serve), timeout=0.2)
+    assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_the_reply_to_the_content_has_a_deadline_of_its_own(scripted, monkeypatch, extensions):
+    def serve(talk):
+        talk.take = lambda content: hold(talk)
+        talk.serve()
+
+    monkeypatch.setattr(spoolgore, "FINAL_REPLY_SECONDS", 0.1)
+    connection = connection_to(scripted(extensions, serve=serve), timeout=3600)
+    outcome = send_to_alice(connection)
+    assert outcome.verdict is spoolgore.Verdict.DEFERRED
+    assert re.match(SILENT + MAYBE, outcome.text)
+    assert connection.broken
+
+
+# -- outages
+
+
+def test_an_outage_counts_no_attempt_and_all_go_when_it_is_over(spool, scripted, start):
+    relay = scripted(serve=close)
+    dials = Collector()
+
+    def refuse(talk):
+        dials.add(time.monotonic())
+        close(talk)
+
+    relay.serve = refuse
+    for number in range(300):
+        put(spool, f"m{number:03}", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    error = f"{relay.address}: connection closed by the relay"
+
+    def said():
+        found = [recipient for entry in daemon.status().values() for recipient in entry["To"]]
+        return len(found) == 600 and all(recipient["Error"] == error for recipient in found) and found
+
+    assert {(recipient["Status"], recipient["Attempts"]) for recipient in wait_until(said)} == {(0, 0)}
+    assert all(entry["To"][0]["NextAttempt"] == entry["Enqueued"] for entry in daemon.status().values())
+    (first, second) = dials.wait_for(2)
+    assert second - first > 0.9
+    relay.serve = Conversation.serve
+    relay.wait_for(300)
+    wait_until(lambda: not names(spool))
+    assert [line.partition(",")[0] for line in daemon.lines if "relay" in line] == [
+        "relay unavailable",
+        "relay available again",
+    ]
+    assert not [line for line in daemon.lines if "SMTP error" in line]
+
+
+def test_a_refused_login_is_tried_once_and_not_for_each_mail(spool, scripted, start):
+    relay = scripted(("PIPELINING", "AUTH PLAIN"))
+    relay.replies = {"AUTH": b"535 5.7.8 no\r\n"}
+    for number in range(100):
+        put(spool, f"m{number}", mail())
+    daemon = start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", "old", "-concurrency", 20)
+    error = f"{relay.address}: 535 5.7.8 no"
+    daemon.wait_for(f"relay unavailable, {error}")
+    wait_until(lambda: [e["To"][0]["Error"] for e in daemon.status().values()] == [error] * 100)
+    assert len(relay.connections.items) == 1
+    relay.replies = {"AUTH": b"235 2.7.0 welcome\r\n"}
+    daemon.send("SIGURG")
+    relay.wait_for(100)
+    wait_until(lambda: not names(spool))
+    assert not [line for line in daemon.lines if "SMTP error" in line]
+
+
+def test_probes_are_one_a_second_at_most_and_rare_where_each_is_a_failed_login():
+    assert [spoolgore.probe_delay(failures, False) for failures in range(6)] == [1, 2, 4, 8, 10, 10]
+    assert [spoolgore.probe_delay(failures, True) for failures in (0, 1, 4, 5, 99)] == [60, 120, 960, 1800, 1800]
+
+
+@pytest.mark.parametrize("banner", [b"421 4.7.0 too many connections\r\n", b""], ids=["421", "closed"])
+def test_the_daemon_settles_for_the_connections_that_it_gets(spool, scripted, start, banner):
+    room, crowd = threading.BoundedSemaphore(3), Collector()
+
+    def serve(talk):
+        if not room.acquire(blocking=False):
+            crowd.add(talk)
+            say(banner)(talk)
+        try:
+            talk.serve()
+        finally:
+            room.release()
+
+    relay = scripted(("PIPELINING", "CHUNKING"), serve=serve)
+    for number in range(200):
+        put(spool, f"m{number}", mail())
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 50)
+    relay.wait_for(200)
+    wait_until(lambda: not names(spool))
+    assert 1 <= len(crowd.items) <= 3
+    assert not [line for line in daemon.lines if "SMTP error" in line or "unavailable" in line]
+
 
 # -------------------------------------- connections, PIPELINING, CHUNKING, SIZE
 
 LOST = None  # in a script: the relay closes the connection instead of replying
-MODES = [("8BITMIME",), ("PIPELINING",), ("CHUNKING",), ("PIPELINING", "CHUNKING")]
 
 
 def replies(*codes):
@@ -2415,7 +2752,7 @@ SCENES = st.builds(
 )
 
 
-@pytest.mark.parametrize("extensions", MODES, ids=" and ".join)
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
 def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensions):
     relay = scripted(extensions)
     message = read_message(mail().encode())
