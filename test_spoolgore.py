@@ -20,6 +20,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -326,7 +327,9 @@ class ScriptedRelay:
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
-                conversation = Conversation(self, self.listener.accept()[0])
+                sock = self.listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                conversation = Conversation(self, sock)
                 self.connections.add(conversation)
                 threading.Thread(target=conversation.run, daemon=True).start()
 
@@ -2522,9 +2525,8 @@ def put_sick(spool, name):
     put(spool, name, mail("a@x.org", f"{name}@example.org", large))
 
 
-@pytest.mark.parametrize("extensions", [("PIPELINING",), ("CHUNKING",)], ids=" and ".join)
-def test_a_transaction_that_goes_wrong_is_an_attempt_of_its_mail(spool, sick_relay, start, extensions):
-    relay = sick_relay(*extensions)
+def test_a_transaction_that_goes_wrong_is_an_attempt_of_its_mail(spool, sick_relay, start):
+    relay = sick_relay("PIPELINING")
     daemon = start("-smtpaddr", relay.address, "-timeout", 1)
     healthy = [f"healthy{number}@example.org" for number in range(20)]
     for name in SICK:
@@ -2569,13 +2571,13 @@ def send_to_alice(connection):
     return connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
 
 
-@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+@pytest.mark.parametrize("extensions", [("PIPELINING",), ("PIPELINING", "CHUNKING")], ids=" and ".join)
 def test_a_relay_may_take_longer_over_a_whole_mail_than_over_a_command(scripted, extensions):
     def serve(talk):
-        talk.take = lambda content: (time.sleep(0.5), Conversation.take(talk, content))
+        talk.take = lambda content: (time.sleep(0.6), Conversation.take(talk, content))
         talk.serve()
 
-    connection = connection_to(scripted(extensions, serve=serve), timeout=0.2)
+    connection = connection_to(scripted(extensions, serve=serve), timeout=0.5)
     assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
 
 
@@ -2784,6 +2786,7 @@ def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensi
             accepted = [rcpt for rcpt in scene.rcpts if scene.mail[:1] == rcpt[:1] == b"2"] if scene.contents else []
             assert all(content == (message.whole if accepted or chunked else b"") for content in scene.contents)
             if not connection.broken:
+                assert b"RSET" in talk.commands or (scene.contents and scene.content.startswith(b"2"))
                 talk.replies = {}
                 assert connection.transact("app@x.org", ["b@x.org"], message)["b@x.org"].text == "250 2.0.0 taken"
 
@@ -2791,6 +2794,13 @@ def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensi
 
 
 # The store of connections, in this process, with a dial of its own: no wake-up is lost, nothing is counted twice.
+
+
+def let_run_until(check, what=""):
+    """Let greenlets run until check() is true."""
+    with gevent.Timeout(PATIENCE, AssertionError(f"waited in vain: {what or check}")):
+        while not check():
+            gevent.sleep(0.001)
 
 
 class Wire:
@@ -2884,9 +2894,7 @@ class Senders:
             gevent.spawn(self.send, message)
 
     def wait_for(self, *messages):
-        with gevent.Timeout(PATIENCE, AssertionError(f"waited in vain: {vars(self.relay)}")):
-            while not set(messages) <= set(self.sent):
-                gevent.sleep(0.001)
+        let_run_until(lambda: set(messages) <= set(self.sent), vars(self.relay))
 
 
 @pytest.fixture
@@ -2922,8 +2930,8 @@ def test_a_limit_on_connections_is_not_believed_for_ever(hurried):
     senders = Senders(island)
     senders.send("stuck")
     senders.send("waits for a connection")
-    gevent.sleep(0.005)
-    assert (senders.relay.cap, len(island.wires)) == (1, 1)
+    let_run_until(lambda: senders.relay.cap == 1)
+    assert len(island.wires) == 1
     island.room = 2
     senders.wait_for("waits for a connection")
     assert island.delivered == ["waits for a connection"]
@@ -2936,15 +2944,12 @@ def test_a_limit_on_connections_is_forgotten_after_an_outage(hurried, monkeypatc
     senders = Senders(island)
     senders.send("stuck")
     senders.send(1)
-    gevent.sleep(0.005)
-    assert senders.relay.cap == 1
+    let_run_until(lambda: senders.relay.cap == 1)
     island.away = True
     next(iter(island.wires)).broken = True
     island.stuck.set()
     senders.wait_for("stuck")
-    with gevent.Timeout(PATIENCE):
-        while not senders.held:
-            gevent.sleep(0.001)
+    let_run_until(lambda: senders.held)
     island.away, island.room = False, 10
     senders.wait_for(1)
     assert senders.relay.cap == 8
@@ -2967,11 +2972,288 @@ def test_a_refused_login_stops_all_dials_though_others_are_up(hurried, monkeypat
     senders.send("stuck")
     for number in range(20):
         senders.send(number)
-    gevent.sleep(0.1)
+    let_run_until(lambda: len(senders.held) == 20)
     assert len(refused) == 1
     assert senders.relay.down == "island: 535 no"
     island.stuck.set()
     senders.relay.close()
+
+
+# -- round trips, and what is declared
+
+
+@pytest.mark.parametrize(
+    "extensions, warm, after_idling",
+    [(("8BITMIME",), 4, 4), (("CHUNKING",), 3, 3), (("PIPELINING",), 2, 2), (("PIPELINING", "CHUNKING"), 1, 2)],
+)
+def test_round_trips_of_a_mail_on_a_warm_connection(scripted, monkeypatch, extensions, warm, after_idling):
+    """Nothing is pipelined without the offer; content does not go to a connection that may have died meanwhile."""
+    relay = scripted(extensions)
+    connection = connection_to(relay)
+    (talk,) = relay.connections.items
+    send_to_alice(connection)
+    for fresh_seconds, expected in [(3600, warm), (-1, after_idling)]:
+        monkeypatch.setattr(spoolgore, "FRESH_SECONDS", fresh_seconds)
+        before = talk.round_trips
+        assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+        assert talk.round_trips - before == expected
+    assert [line[:4] for line in talk.commands].count(b"BDAT") == (3 if "CHUNKING" in extensions else 0)
+
+
+def outcomes_from(scripted, extensions, *addresses, sender="app@x.org", body="Hello.\n"):
+    """What a relay that offers these is told of a mail, and the outcomes."""
+    relay = scripted(extensions)
+    connection = connection_to(relay)
+    outcomes = connection.transact(sender, list(addresses), read_message(mail(body=body).encode()))
+    connection.quit_politely()
+    commands = relay.connections.items[0].commands
+    return outcomes, [line.decode() for line in commands if line[:4] in (b"MAIL", b"RCPT", b"DATA", b"BDAT")]
+
+
+def test_size_and_8bitmime_are_declared_where_they_are_offered(scripted):
+    size = len(mail().encode()) + mail().count("\n")
+    for extensions, declared in [
+        ([], ""),
+        (["SIZE"], f" SIZE={size}"),
+        ([f"SIZE {size}"], f" SIZE={size}"),
+        (["SIZE 0", "8BITMIME"], f" SIZE={size} BODY=8BITMIME"),
+        (["8BITMIME", "SMTPUTF8"], " BODY=8BITMIME"),
+    ]:
+        outcomes, commands = outcomes_from(scripted, extensions, "a@x.org")
+        assert commands == [f"MAIL FROM:<app@x.org>{declared}", "RCPT TO:<a@x.org>", "DATA"]
+        assert outcomes["a@x.org"].verdict is spoolgore.Verdict.DELIVERED
+
+
+def test_a_mail_over_the_relays_limit_is_refused_before_it_is_sent(scripted):
+    size = len(mail().encode()) + mail().count("\n")
+    outcomes, commands = outcomes_from(scripted, [f"SIZE {size - 1}"], "a@x.org", "b@x.org")
+    text = f"552 5.3.4 not sent: {size} octets are over the relay's limit of {size - 1}"
+    assert outcomes == dict.fromkeys(["a@x.org", "b@x.org"], (spoolgore.Verdict.REFUSED, text))
+    assert not commands
+
+
+UTF8, IDN = "jürgen@x.org", "a@bücher.example"
+DELIVERED = (spoolgore.Verdict.DELIVERED, "250 2.0.0 taken")
+
+
+def needs_smtputf8(address):
+    return spoolgore.Verdict.REFUSED, f"553 5.6.7 not sent: {address} needs SMTPUTF8, which the relay does not offer"
+
+
+def test_smtputf8_is_asked_for_only_when_an_address_needs_it(scripted):
+    outcomes, commands = outcomes_from(scripted, ["SMTPUTF8"], IDN, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org>", "RCPT TO:<a@xn--bcher-kva.example>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {IDN: DELIVERED, "b@x.org": DELIVERED}
+    outcomes, commands = outcomes_from(scripted, ["SMTPUTF8"], UTF8, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org> SMTPUTF8", f"RCPT TO:<{UTF8}>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {UTF8: DELIVERED, "b@x.org": DELIVERED}
+
+
+def test_without_smtputf8_only_who_needs_it_is_refused(scripted):
+    outcomes, commands = outcomes_from(scripted, [], UTF8, IDN, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org>", "RCPT TO:<a@xn--bcher-kva.example>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {UTF8: needs_smtputf8(UTF8), IDN: DELIVERED, "b@x.org": DELIVERED}
+    outcomes, commands = outcomes_from(scripted, [], "b@x.org", sender=UTF8)
+    assert outcomes["b@x.org"] == (
+        spoolgore.Verdict.REFUSED,
+        needs_smtputf8(UTF8)[1].replace("sent: ", "sent: the sender "),
+    )
+    assert not commands
+
+
+# -- the life of a connection
+
+
+def store_of(relay, monkeypatch, **constants):
+    """A Relay in this process that dials a ScriptedRelay."""
+    for name, value in constants.items():
+        monkeypatch.setattr(spoolgore, name, value)
+    return spoolgore.Relay("relay", lambda: connection_to(relay), 10)
+
+
+def send_through(store):
+    message = read_message(mail().encode())
+    assert store.send("app@x.org", ["a@x.org"], message) == {"a@x.org": DELIVERED}
+
+
+def verbs(talk):
+    return [line[:4].decode() for line in talk.commands]
+
+
+def test_the_most_recently_used_connection_is_used_first(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch)
+    first, second = store._acquire(), store._acquire()
+    store._release(second)
+    store._release(first)
+    send_through(store)
+    send_through(store)
+    assert (first.uses, second.uses) == (2, 0)
+    store.close()
+
+
+def test_an_idle_connection_is_closed_after_a_while(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch, IDLE_SECONDS=0.1)
+    send_through(store)
+    (talk,) = relay.connections.items
+    let_run_until(talk.ended.is_set)
+    assert verbs(talk)[-1] == "QUIT"
+    assert (store.established, store.idle) == (0, [])
+    store = store_of(relay, monkeypatch, IDLE_SECONDS=3600)
+    send_through(store)
+    gevent.sleep(0.1)  # time enough to close it by mistake
+    assert store.established == 1
+    store.close()
+
+
+def test_a_connection_does_not_live_for_ever(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch, CONNECTION_SECONDS=0)
+    send_through(store)
+    send_through(store)
+    store.close()
+    assert [verbs(talk)[-1] for talk in relay.connections.wait_for(2)] == ["QUIT", "QUIT"]
+
+
+def rude_goodbye(talk):
+    talk.replies = {"QUIT": lambda _: close(talk)}
+    talk.serve()
+
+
+def cut_off(talk):
+    """End the connection by a reset."""
+    talk.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    talk.sock.close()
+    raise EOFError
+
+
+@pytest.mark.parametrize("goodbye", [None, rude_goodbye], ids=["polite", "rude"])
+def test_connections_end_with_quit_and_a_failed_one_harms_nobody(spool, scripted, start, goodbye):
+    relay = scripted(serve=goodbye)
+    daemon = start("-smtpaddr", relay.address)
+    for number in range(5):
+        put(spool, f"m{number}", mail())
+    relay.wait_for(5)
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0
+    for talk in relay.connections.items:
+        assert talk.ended.wait(PATIENCE)
+        assert verbs(talk)[-1] == "QUIT"
+    assert not [line for line in daemon.lines if "error" in line]
+
+
+def unsolicited(text):
+    def act(talk):
+        talk.sock.sendall(text)
+
+    return act
+
+
+def at_mail(act):
+    def prepare(talk):
+        talk.replies = {"MAIL": lambda _: act(talk)}
+
+    return prepare
+
+
+WAYS_TO_DROP = {
+    "closed": Conversation.close,
+    "421": unsolicited(b"421 4.4.2 idle for too long\r\n"),
+    "too many replies": unsolicited(b"250 2.0.0 taken\r\n"),
+    "closed at MAIL": at_mail(close),
+    "reset at MAIL": at_mail(cut_off),
+    "421 at MAIL": at_mail(say(b"421 4.3.2 bye\r\n")),
+}
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_a_connection_that_was_dropped_while_idle_is_replaced_silently(spool, scripted, start, extensions):
+    relay = scripted(extensions)
+    daemon = start("-smtpaddr", relay.address)
+    for number, drop in enumerate([*WAYS_TO_DROP.values(), lambda talk: None], 1):
+        put(spool, f"m{number}", mail())
+        relay.wait_for(number)
+        wait_until(lambda: not names(spool))
+        assert len(relay.connections.items) == number
+        drop(relay.connections.items[-1])
+    daemon.stop()
+    assert len(relay.mails.items) == len(WAYS_TO_DROP) + 1
+    assert not [line for line in daemon.lines if "error" in line or "unavailable" in line]
+
+
+def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scripted, monkeypatch):
+    """However many warm connections there are: only the first could have died of idleness."""
+    relay = scripted(("PIPELINING", "CHUNKING"))
+    store = store_of(relay, monkeypatch)
+    connections = [store._acquire() for _ in range(5)]
+    for connection in connections:
+        assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+        store._release(connection)
+    contents = Collector()
+    for talk in relay.connections.items:
+        talk.take = lambda content, talk=talk: (contents.add(content), talk.sock.close())
+    outcome = store.send("app@x.org", ["a@x.org"], read_message(mail(body="poison").encode()))["a@x.org"]
+    assert len(contents.items) == 2
+    assert outcome.verdict is spoolgore.Verdict.DEFERRED
+    assert "may have arrived" in outcome.text
+    store.close()
+
+
+# -- large mails
+
+
+def discard(talk):
+    """Take mails and keep nothing of them."""
+
+    def on_data(line):
+        talk.send(b"354 go ahead\r\n")
+        size, end = 0, b""
+        while end != b"\r\n.\r\n":
+            talk.receive()
+            size, end = size + len(talk.unread), (end + bytes(talk.unread[-5:]))[-5:]
+            talk.unread.clear()
+        talk.relay.mails.add(size)
+        return b"250 2.0.0 taken\r\n"
+
+    talk.replies = {"DATA": on_data}
+    talk.serve()
+
+
+def test_large_mails_are_streamed(spool, scripted, start):
+    relay = scripted(("PIPELINING", "CHUNKING"), serve=discard)
+    text = mail(body="a line of thirty-two octets.....\n" * 2**20).encode()
+    for number in range(4):
+        (spool / f"m{number}").write_bytes(text)
+    daemon = start("-smtpaddr", relay.address)
+    assert relay.wait_for(4) == [len(text) + text.count(b"\n") + len(b".\r\n")] * 4
+    wait_until(lambda: not names(spool))
+    assert peak_of(daemon) < 2 * len(text) // 1024
+    assert daemon.stop() == 0
+
+
+def peak_of(daemon):
+    """The most memory that the process ever had, in KB."""
+    path = Path(f"/proc/{daemon.process.pid}/status")
+    if not path.exists():
+        pytest.skip("no /proc")
+    return int(re.search(r"VmHWM:\s*(\d+) kB", path.read_text())[1])
+
+
+def test_a_large_mail_leaves_a_turn_to_others_after_each_chunk(scripted):
+    """However fast the relay reads it: with the sockets of this process, that block, there is no other turn."""
+
+    def count():
+        while True:
+            turns.append(len(turns))
+            gevent.sleep(0)
+
+    turns, text = [], mail(body="a line of thirty-two octets.....\n" * 2**15).encode()
+    counter = gevent.spawn(count)
+    connection = connection_to(scripted(serve=discard))
+    connection.transact("app@x.org", ["a@x.org"], read_message(text))
+    counter.kill()
+    assert len(turns) >= len(text) // spoolgore.CHUNK
 
 
 # --------------------------------------------------------------- TLS and logins
