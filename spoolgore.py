@@ -142,6 +142,7 @@ REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines
 FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
 IDLE_SECONDS = 5  # then an unused connection is closed
 FRESH_SECONDS = 1  # a connection unused for longer is asked before content is sent
+LAST_WORDS_SECONDS = 1  # for what a relay said before it stopped listening
 CONNECTION_SECONDS = 300  # a connection's life
 PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is down
 LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
@@ -1305,16 +1306,17 @@ class RelayError(OSError):
     """The conversation cannot go on."""
 
 
-class TimedOut(RelayError):
-    """The relay is there, and silent: it may still act on what it was sent."""
-
-
 class LoginRefused(RelayError):
     """The relay does not accept the user or the password."""
 
 
 class Unanswered(RelayError):
     """A connection that was used before is gone, and not one reply to this transaction came."""
+
+
+# What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
+# may still act on what it was sent.
+GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class Reply(NamedTuple):
@@ -1424,9 +1426,12 @@ class Connection(smtplib.SMTP):
         """Write a command or content; the whole of it must be taken within the time limit."""
         data = data.encode("utf-8") if isinstance(data, str) else data
         self.sock.settimeout(self.seconds)
-        sent = self.sock.send(data)  # nearly always all of it
-        if sent < len(data):
-            self.sock.sendall(memoryview(data)[sent:])
+        try:
+            sent = self.sock.send(data)  # nearly always all of it
+            if sent < len(data):
+                self.sock.sendall(memoryview(data)[sent:])
+        except socket.timeout:
+            raise RelayError("timed out, the relay does not read what it is sent") from None
 
     def getreply(self):
         """smtplib's way to ask for reply()."""
@@ -1459,9 +1464,9 @@ class Connection(smtplib.SMTP):
         try:
             data = self.sock.recv(4096)
         except socket.timeout:
-            raise TimedOut("timed out waiting for the relay's reply") from None
+            raise RelayError("timed out waiting for the relay's reply") from None
         if not data:
-            raise RelayError("connection closed by the relay")
+            raise ConnectionResetError("connection closed by the relay")
         return data
 
     # -- use and end
@@ -1473,8 +1478,6 @@ class Connection(smtplib.SMTP):
         """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
         if time.monotonic() - self.born > CONNECTION_SECONDS or self.buffer:
             return False
-        if self.idle_for() < 0.01:
-            return True
         try:
             self.sock.settimeout(0)
             self.sock.recv(1)  # anything at all that comes here is the end: 421, or nothing
@@ -1484,10 +1487,10 @@ class Connection(smtplib.SMTP):
             pass
         return False
 
-    def transact(self, sender, addresses, message):
+    def transact(self, sender, addresses, message, carefully=False):
         """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Unanswered."""
         reused, self.uses = self.uses > 0, self.uses + 1
-        transaction = Transaction(self, sender, addresses, message)
+        transaction = Transaction(self, sender, addresses, message, carefully)
         try:
             outcomes = transaction.run()
         except BaseException:
@@ -1524,10 +1527,11 @@ def literal(sock):
 class Transaction:
     """One mail on one connection (RFC 5321 3.3): MAIL, RCPT and DATA or BDAT, and their replies.
 
-    With PIPELINING (RFC 2920) they go out in one write; with CHUNKING (RFC 3030) a small mail's content does too.
+    With PIPELINING (RFC 2920) they go out in one write; with CHUNKING (RFC 3030) a small mail's content does too, or,
+    carefully, waits for the relay's word that it is there.
     """
 
-    def __init__(self, connection, sender, addresses, message):
+    def __init__(self, connection, sender, addresses, message, carefully=False):
         self.connection, self.message = connection, message
         self.sender, self.addresses = sender, addresses
         self.replies = []  # to MAIL, each RCPT, DATA or BDAT
@@ -1537,6 +1541,7 @@ class Transaction:
         self.complete = False  # the relay may have the whole content
         self.chunked = connection.has_extn("chunking") and message.whole is not None
         self.pipelined = connection.has_extn("pipelining")
+        self.carefully = carefully or connection.idle_for() > FRESH_SECONDS
 
     def run(self):
         refusals = self._local_refusals()
@@ -1545,8 +1550,8 @@ class Transaction:
             try:
                 self._converse()
             except OSError as error:
-                self.lost, self.connection.broken = describe(error), True
-                self.gone = not isinstance(error, TimedOut)
+                self.lost, self.connection.broken = self.lost or describe(error), True
+                self.gone = isinstance(error, GONE)
         return {**refusals, **dict(zip(self.addresses, self._outcomes()))}
 
     # -- before anything is sent
@@ -1577,11 +1582,11 @@ class Transaction:
 
     def _converse(self):
         commands, opening = self._envelope_commands(), self._opening()
-        if self.pipelined and not (self.chunked and self.connection.idle_for() > FRESH_SECONDS):
+        if self.pipelined and not (self.chunked and self.carefully):
             self._ask([*commands, opening])
         else:
             self._ask(commands)
-            if self._accepted():
+            if self._accepted() and not self.connection.broken:
                 self._ask([opening])
         self._content()
         if not (self.final and self.final.ok) and not self.connection.broken:
@@ -1607,21 +1612,23 @@ class Transaction:
 
     def _ask(self, commands):
         if self.pipelined:
-            self.complete = self.chunked and len(self.replies) + len(commands) > len(self.addresses) + 1
             self.connection.send(b"".join(commands))
+            self.complete = self.chunked and len(self.replies) + len(commands) > len(self.addresses) + 1
         for command in commands:
             if not self.pipelined:
-                self.complete = command.startswith(b"BDAT")
                 self.connection.send(command)
+                self.complete = command.startswith(b"BDAT")
             self._read_reply()
-            if self.replies[0].code == 421 or not (self.pipelined or self.replies[0].ok):
+            if self.replies[0].code == 421 if self.pipelined else self.connection.broken or not self.replies[0].ok:
                 break
 
     def _read_reply(self):
         last_of_chunked = self.chunked and len(self.replies) > len(self.addresses)
-        reply = self.connection.reply(FINAL_REPLY_SECONDS if last_of_chunked else None)
+        # a relay may hold its replies to what came in one write until it has dealt with all of it
+        reply = self.connection.reply(FINAL_REPLY_SECONDS if self.complete else None)
         self.replies.append(reply)
-        self.connection.broken |= reply.code == 421
+        if reply.code == 421:
+            self.lost, self.connection.broken = str(reply), True
         if last_of_chunked:
             self.final = reply
 
@@ -1640,16 +1647,18 @@ class Transaction:
         self.connection.broken |= self.final.code == 421
 
     def _send_content(self):
-        content = itertools.chain(dot_stuffed(self.message.content()), [b".\r\n"]) if self._accepted() else [b".\r\n"]
-        self.complete = bool(self._accepted()) and self.message.whole is not None
+        wanted = bool(self._accepted())
+        content = itertools.chain(dot_stuffed(self.message.content()) if wanted else (), [b".\r\n"])
         try:
-            for chunk in [b"".join(content)] if self.complete else content:
+            for number, chunk in enumerate(content if self.message.whole is None else [b"".join(content)]):
+                if number:  # a relay that takes all at once gets one chunk a turn: the others have theirs
+                    gevent.sleep(0)
                 self.connection.send(chunk)
         except OSError:  # the relay may have said why it stopped listening
-            self.connection.broken = True
-            self.final = self.connection.reply(SAVE_SECONDS)
+            with contextlib.suppress(OSError):
+                self.final = self.connection.reply(LAST_WORDS_SECONDS)
             raise
-        self.complete = bool(self._accepted())
+        self.complete = wanted
 
     def _data_reply(self):
         return self.replies[len(self.addresses) + 1] if len(self.replies) > len(self.addresses) + 1 else None
@@ -1682,10 +1691,8 @@ class Transaction:
 
     def _content_outcome(self):
         data = self._data_reply()
-        if self.final:
-            return Outcome(
-                Verdict.DELIVERED if self.final.ok and self.complete else self.final.verdict, str(self.final)
-            )
+        if self.final and (self.complete or not self.final.ok):
+            return Outcome(Verdict.DELIVERED if self.final.ok else self.final.verdict, str(self.final))
         if data and data.code != 354:
             return Outcome(data.verdict, str(data))
         maybe = " (no reply to the content: the mail may have arrived)" if self.complete else ""
@@ -1892,12 +1899,13 @@ class Relay:
 
     def send(self, sender, addresses, message):
         """One transaction; returns a dict from address to Outcome. Raises RelayDown when there is no connection."""
+        carefully = False
         while True:
             connection = self._acquire()
             try:
-                return connection.transact(sender, addresses, message)
+                return connection.transact(sender, addresses, message, carefully)
             except Unanswered:
-                continue  # it died while idle, which is nobody's fault
+                carefully = True  # it died while idle, which is nobody's fault, or of this very content
             finally:
                 self._release(connection)
 
@@ -1948,7 +1956,7 @@ class Relay:
         self.dialling += 1
         try:
             connection = self._dial()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001
             return self._dial_failed(error)
         finally:
             self.dialling -= 1
@@ -1958,16 +1966,19 @@ class Relay:
         return connection
 
     def _dial_failed(self, error):
-        """With other connections up the relay has enough of us; with none it is down."""
-        if self.established:
+        """With other connections up the relay has enough of us; with none, or when it refuses the login, it is down."""
+        if self.established and not isinstance(error, LoginRefused):
             self.cap, self._capped = self.established, time.monotonic()
         elif not self.down:
             self._go_down(error)
 
     def _wait(self):
+        """Until there may be a connection, or the relay may take more of them than it did."""
         turn = gevent.event.Event()
         self._waiting.append(turn)
-        turn.wait()
+        turn.wait(CAP_SECONDS)
+        if not turn.is_set():
+            self._waiting.remove(turn)
 
     def _wake(self, count):
         for _ in range(min(count, len(self._waiting))):
@@ -2020,14 +2031,17 @@ class Relay:
             self._probe_now.wait(probe_delay(failures, login_refused))
             failures += 1
             try:
-                self._came_up(self._dial())
-            except OSError as error:
+                connection = self._dial()
+            except Exception as error:  # noqa: BLE001
                 login_refused = isinstance(error, LoginRefused)
                 self._say_down(error)
+            else:
+                self._came_up(connection)
 
     def _came_up(self, connection):
         log.info("relay available again, %s", self.name)
         self.down = ""
+        self.cap = self.limit
         self.established += 1
         self._release(connection)
         self.on_up()

@@ -9,6 +9,7 @@ import contextlib
 import email
 import email.policy
 import email.utils
+import functools
 import io
 import itertools
 import json
@@ -21,6 +22,7 @@ import signal
 import socket
 import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -335,7 +337,9 @@ class ScriptedRelay:
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
-                conversation = Conversation(self, self.listener.accept()[0])
+                sock = self.listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                conversation = Conversation(self, sock)
                 self.connections.add(conversation)
                 threading.Thread(target=conversation.run, daemon=True).start()
 
@@ -1029,9 +1033,14 @@ def test_size_is_exact_when_the_mail_is_held_whole():
 # ---------------------------------------------- what a relay reads of a message
 
 
-def connection_to(relay):
-    options = options_of("-smtpaddr", relay.address, "-timeout", str(PATIENCE), "-helo", "app.example.org", "spool")
-    return spoolgore.Connection(options.smtpaddr[0], options.timeout).dial(spoolgore.Security(options, {}))
+@functools.cache
+def security_of(*flags):
+    return spoolgore.Security(options_of("-helo", "app.example.org", *flags, "spool"), {})
+
+
+def connection_to(relay, timeout=PATIENCE):
+    """An open Connection in this process."""
+    return spoolgore.Connection(spoolgore.Address("127.0.0.1", relay.port), timeout).dial(security_of())
 
 
 @pytest.mark.parametrize(
@@ -2340,8 +2349,923 @@ def test_when_progress_has_the_next_word():
 
 # ---------------------------------------------------------- faults of the relay
 
+# Before a transaction: a fault of the relay as a whole. After each of these the connection is dead.
+
+
+def hold(talk):
+    """Say nothing more, but keep the connection until the client ends it."""
+    with contextlib.suppress(EOFError):
+        while True:
+            talk.receive()
+    raise EOFError
+
+
+def drip(talk, text):
+    """Two octets a second, for ever."""
+    for octet in itertools.cycle(text):
+        talk.send(bytes([octet]))
+        talk.flush()
+        time.sleep(0.5)
+
+
+def say_and_close(text):
+    def serve(talk):
+        talk.send(text)
+        talk.flush()
+        raise EOFError
+
+    return serve
+
+
+def after_ehlo(*replies):
+    """A relay that gives these replies to EHLO and what follows it, then none."""
+
+    def serve(talk):
+        talk.greet()
+        for reply in replies:
+            talk.line()
+            talk.send(reply)
+        hold(talk)
+
+    return serve
+
+
+NO_RELAY = {  # what is dialled, and what the status says
+    "accepts and is silent": (hold, "timed out waiting for the relay's reply"),
+    "closes at once": (say_and_close(b""), "connection closed by the relay"),
+    "closes after the banner": (say_and_close(b"220 hello\r\n"), "connection closed by the relay"),
+    "two octets a second": (lambda talk: drip(talk, b"220-hello\r\n"), "timed out waiting for the relay's reply"),
+    "200,000 lines": (say_and_close(b"220-hello\r\n" * 200_000), "not an SMTP reply: 220-hello"),
+    "a line of 1 MB": (say_and_close(b"220 " + b"x" * 2**20), "not an SMTP reply: 220 xxxx"),
+    "garbage": (say_and_close(bytes(range(256)) * 10 + b"\n"), "not an SMTP reply: "),
+    "refuses with 421": (say_and_close(b"421 4.3.2 busy\r\n"), "421 4.3.2 busy"),
+    "refuses with 554": (say_and_close(b"554 no service\r\n"), "554 no service"),
+    "421 to EHLO": (after_ehlo(b"421 4.3.2 not now\r\n"), "421 4.3.2 not now"),
+    "silent in the TLS handshake": (
+        after_ehlo(b"250-hi\r\n250 STARTTLS\r\n", b"220 go ahead\r\n"),
+        "timed out in the TLS handshake",
+    ),
+}
+
+
+def test_relays_that_cannot_be_used_cost_no_attempt(spool, scripted, start):
+    texts = {scripted(serve=serve).address: text for serve, text in NO_RELAY.values()}
+    texts[f"127.0.0.1:{free_port()}"] = "Connection refused"
+    texts[f"nowhere.invalid:{free_port()}"] = "(Name or service not known|.*failure in name resolution)"
+    daemon = start("-smtpaddr", ",".join(texts), "-timeout", 1)
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    bob = wait_until(lambda: found if (found := daemon.recipients("m1").get("b@x.org", {})).get("Error") else None)
+    for (address, text), error in zip(texts.items(), bob["Error"].split("; ")):
+        assert re.match(f"{re.escape(address)}: {text}", error)
+        assert daemon.wait_for(f"relay unavailable, {re.escape(address)}: {text}")
+    assert (bob["Status"], bob["Attempts"], bob["NextAttempt"]) == (0, 0, daemon.status()["m1"]["Enqueued"])
+    assert names(spool) == ["m1"]
+    assert len([line for line in daemon.lines if "unavailable" in line]) == len(texts)  # each is said once
+    assert daemon.stop() == 0
+
+
+# In a transaction: the sender's local part says what goes wrong. The fault of one mail is an attempt of that mail.
+
+
+def stop_reading(talk):
+    talk.flush()
+    talk.relay.over.wait(PATIENCE)
+    raise EOFError
+
+
+def close(talk):
+    talk.flush()
+    raise EOFError
+
+
+def say(text, then=close):
+    def act(talk):
+        talk.send(text)
+        then(talk)
+
+    return act
+
+
+def refuse_unread(talk):
+    """Refuse the content when little of it was read, and hear no more."""
+    talk.receive()
+    say(b"552 5.3.4 too much\r\n", then=stop_reading)(talk)
+
+
+def read_a_little(then):
+    def act(talk):
+        talk.receive()
+        then(talk)
+
+    return act
+
+
+MAYBE = re.escape(" (no reply to the content: the mail may have arrived)")
+CLOSED, SILENT = (
+    "connection closed by the relay|Connection reset by peer|Broken pipe",
+    "timed out waiting for the relay's reply",
+)
+DEAF = "timed out, the relay does not read what it is sent"
+SICK = {  # the sender: the command that it happens at, what the relay does, and the recipient's Error
+    "closes-after-mail": ("MAIL", close, CLOSED),
+    "closes-after-rcpt": ("RCPT", close, CLOSED),
+    "silent-after-mail": ("MAIL", hold, SILENT),
+    "silent-after-rcpt": ("RCPT", hold, SILENT),
+    "drips": ("MAIL", lambda talk: drip(talk, b"250-\r\n"), SILENT),
+    "garbage": ("MAIL", say(b"\x00\xff\r\n", then=hold), "not an SMTP reply: "),
+    "many-lines": ("RCPT", say(b"250-fine\r\n" * 200_000), "not an SMTP reply: 250-fine"),
+    "long-line": ("RCPT", say(b"250 " + b"x" * 2**20), "not an SMTP reply: 250 xxx"),
+    "ends-at-mail": ("MAIL", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "ends-at-rcpt": ("RCPT", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "ends-after-content": ("take", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "closes-after-content": ("take", close, f"(?:{CLOSED}){MAYBE}"),
+    "large-closes-in-content": ("content", read_a_little(then=close), CLOSED),
+    "large-deaf-in-content": ("content", read_a_little(then=stop_reading), DEAF),
+    "large-refused-in-content": ("content", refuse_unread, "552 5.3.4 too much"),
+}
+
+
+def sickroom(talk):
+    """Serve, and do to each mail what its sender asks for."""
+
+    def fault(place, talk=talk):
+        sender = getattr(talk, "sender", "").partition("@")[0]
+        if SICK.get(sender, ("", None))[0] == place:
+            talk.relay.sick.add(sender)
+            SICK[sender][1](talk)
+
+    def on_mail(line):
+        talk.on_MAIL(line)
+        talk.pending = talk.pending[: -len(b"250 2.1.0 fine\r\n")]
+        fault("MAIL")
+        return b"250 2.1.0 fine\r\n"
+
+    def on_rcpt(line):
+        fault("RCPT")
+
+    def on_data(line):
+        talk.send(b"354 go ahead\r\n")
+        talk.flush()
+        fault("content")
+        talk.take(talk.data())
+        return b""
+
+    def take(content):
+        fault("take")
+        Conversation.take(talk, content)
+
+    talk.take, talk.replies = take, {"MAIL": on_mail, "RCPT": on_rcpt, "DATA": on_data}
+    talk.serve()
+
+
+@pytest.fixture
+def sick_relay(scripted):
+    def starter(*extensions):
+        relay = scripted(extensions, serve=sickroom)
+        relay.sick, relay.over = Collector(), threading.Event()
+        started.append(relay)
+        return relay
+
+    started = []
+    yield starter
+    for relay in started:
+        relay.over.set()
+
+
+def put_sick(spool, name):
+    large = "a line of thirty-two octets.....\n" * 2**19 if name.startswith("large") else ""  # more than sockets hold
+    put(spool, name, mail("a@x.org", f"{name}@example.org", large))
+
+
+def test_a_transaction_that_goes_wrong_is_an_attempt_of_its_mail(spool, sick_relay, start):
+    relay = sick_relay("PIPELINING")
+    daemon = start("-smtpaddr", relay.address, "-timeout", 1)
+    healthy = [f"healthy{number}@example.org" for number in range(20)]
+    for name in SICK:
+        put_sick(spool, name)
+    for sender in healthy:
+        put(spool, sender, mail("a@x.org", sender))
+    relay.wait_for(len(healthy))
+    daemon.wait_for("SMTP error", len(SICK))
+    daemon.stop()
+    entries = daemon.status()
+    assert names(spool) == sorted(entries) == sorted(SICK)
+    assert sorted(received.sender for received in relay.mails.items) == sorted(healthy)
+    for name, (_, _, text) in SICK.items():
+        (alice,) = entries[name]["To"]
+        assert re.match(rf"(?:{text})(?!{MAYBE})", alice["Error"]), name
+        assert (alice["Status"], alice["Attempts"]) == (0, 1), name
+        assert spoolgore.parse_time(alice["NextAttempt"]) > spoolgore.parse_time(entries[name]["Enqueued"]) + 59
+    assert not [line for line in daemon.lines if "unavailable" in line or "Traceback" in line]
+
+
+def test_a_sick_connection_holds_up_nobody_else(spool, sick_relay, start):
+    """With the usual time limits, so that all that is sick stays so until the end."""
+    relay = sick_relay("PIPELINING")
+    daemon = start("-smtpaddr", relay.address)
+    sick = ["drips", "large-deaf-in-content", "silent-after-mail", "silent-after-rcpt"]
+    for name in sick:
+        put_sick(spool, name)
+    relay.sick.wait_for(len(sick))
+    for number in range(50):
+        put(spool, f"m{number}", mail(sender=f"healthy{number}@example.org"))
+    relay.wait_for(50)
+    wait_until(lambda: names(spool) == sick)
+    assert not [line for line in daemon.lines if "error" in line]
+
+
+OFFERS = [("8BITMIME",), ("PIPELINING",), ("CHUNKING",), ("PIPELINING", "CHUNKING")]
+
+
+def send_to_alice(connection):
+    """The outcome of a mail with one recipient."""
+    message = read_message(mail().encode())
+    return connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+
+
+@pytest.mark.parametrize("extensions", [("PIPELINING",), ("PIPELINING", "CHUNKING")], ids=" and ".join)
+def test_a_relay_may_take_longer_over_a_whole_mail_than_over_a_command(scripted, extensions):
+    def serve(talk):
+        talk.take = lambda content: (time.sleep(0.6), Conversation.take(talk, content))
+        talk.serve()
+
+    connection = connection_to(scripted(extensions, serve=serve), timeout=0.5)
+    assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_the_reply_to_the_content_has_a_deadline_of_its_own(scripted, monkeypatch, extensions):
+    def serve(talk):
+        talk.take = lambda content: hold(talk)
+        talk.serve()
+
+    monkeypatch.setattr(spoolgore, "FINAL_REPLY_SECONDS", 0.1)
+    connection = connection_to(scripted(extensions, serve=serve), timeout=3600)
+    outcome = send_to_alice(connection)
+    assert outcome.verdict is spoolgore.Verdict.DEFERRED
+    assert re.match(SILENT + MAYBE, outcome.text)
+    assert connection.broken
+
+
+# -- outages
+
+
+def test_an_outage_counts_no_attempt_and_all_go_when_it_is_over(spool, scripted, start):
+    relay = scripted(serve=close)
+    dials = Collector()
+
+    def refuse(talk):
+        dials.add(time.monotonic())
+        close(talk)
+
+    relay.serve = refuse
+    for number in range(300):
+        put(spool, f"m{number:03}", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    error = f"{relay.address}: connection closed by the relay"
+
+    def said():
+        found = [recipient for entry in daemon.status().values() for recipient in entry["To"]]
+        return len(found) == 600 and all(recipient["Error"] == error for recipient in found) and found
+
+    assert {(recipient["Status"], recipient["Attempts"]) for recipient in wait_until(said)} == {(0, 0)}
+    assert all(entry["To"][0]["NextAttempt"] == entry["Enqueued"] for entry in daemon.status().values())
+    (first, second) = dials.wait_for(2)
+    assert second - first > 0.9
+    relay.serve = Conversation.serve
+    relay.wait_for(300)
+    wait_until(lambda: not names(spool))
+    assert [line.partition(",")[0] for line in daemon.lines if "relay" in line] == [
+        "relay unavailable",
+        "relay available again",
+    ]
+    assert not [line for line in daemon.lines if "SMTP error" in line]
+
+
+def test_a_refused_login_is_tried_once_and_not_for_each_mail(spool, scripted, start):
+    relay = scripted(("PIPELINING", "AUTH PLAIN"))
+    relay.replies = {"AUTH": b"535 5.7.8 no\r\n"}
+    for number in range(100):
+        put(spool, f"m{number}", mail())
+    daemon = start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", "old", "-concurrency", 20)
+    error = f"{relay.address}: 535 5.7.8 no"
+    daemon.wait_for(f"relay unavailable, {error}")
+    wait_until(lambda: [e["To"][0]["Error"] for e in daemon.status().values()] == [error] * 100)
+    assert len(relay.connections.items) == 1
+    relay.replies = {"AUTH": b"235 2.7.0 welcome\r\n"}
+    daemon.send("SIGURG")
+    relay.wait_for(100)
+    wait_until(lambda: not names(spool))
+    assert not [line for line in daemon.lines if "SMTP error" in line]
+
+
+def test_probes_are_one_a_second_at_most_and_rare_where_each_is_a_failed_login():
+    assert [spoolgore.probe_delay(failures, False) for failures in range(6)] == [1, 2, 4, 8, 10, 10]
+    assert [spoolgore.probe_delay(failures, True) for failures in (0, 1, 4, 5, 99)] == [60, 120, 960, 1800, 1800]
+
+
+@pytest.mark.parametrize("banner", [b"421 4.7.0 too many connections\r\n", b""], ids=["421", "closed"])
+def test_the_daemon_settles_for_the_connections_that_it_gets(spool, scripted, start, banner):
+    room, crowd = threading.BoundedSemaphore(3), Collector()
+
+    def serve(talk):
+        if not room.acquire(blocking=False):
+            crowd.add(talk)
+            say(banner)(talk)
+        try:
+            talk.serve()
+        finally:
+            room.release()
+
+    relay = scripted(("PIPELINING", "CHUNKING"), serve=serve)
+    for number in range(200):
+        put(spool, f"m{number}", mail())
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 50)
+    relay.wait_for(200)
+    wait_until(lambda: not names(spool))
+    assert 1 <= len(crowd.items) <= 3
+    assert not [line for line in daemon.lines if "SMTP error" in line or "unavailable" in line]
+
 
 # -------------------------------------- connections, PIPELINING, CHUNKING, SIZE
+
+LOST = None  # in a script: the relay closes the connection instead of replying
+
+
+def replies(*codes):
+    return st.sampled_from([b"%d scripted" % code if code else LOST for code in codes])
+
+
+class Scene:
+    """A relay that gives one transaction these replies, and is well-behaved before and after it."""
+
+    def __init__(self, mail, rcpts, data, content):
+        self.mail, self.rcpts, self.data, self.content = mail, list(rcpts), data, content
+        self.contents, self.closed = [], False
+
+    def perform(self, talk):
+        """The scene as the entries of talk.replies."""
+        rcpts = iter(self.rcpts)
+        verbs = {"MAIL": lambda _: self.say(talk, self.mail), "RCPT": lambda _: self.say(talk, next(rcpts))}
+        talk.replies = {**verbs, "DATA": lambda _: self.on_data(talk), "BDAT": lambda line: self.on_bdat(talk, line)}
+
+    def on_data(self, talk):
+        answer = self.say(talk, self.data)
+        if not answer.startswith(b"354"):
+            return answer
+        talk.send(answer)
+        return self.take(talk, talk.data())
+
+    def on_bdat(self, talk, line):
+        return self.take(talk, talk.read(int(line.split()[1])))
+
+    def take(self, talk, content):
+        self.contents.append(content)
+        return self.say(talk, self.content)
+
+    def say(self, talk, reply):
+        self.closed = reply is LOST or reply.startswith(b"421")
+        if self.closed:
+            talk.send(reply + b"\r\n" if reply else b"")
+            talk.flush()
+            raise EOFError
+        return reply + b"\r\n"
+
+    # -- what the client must make of it
+
+    def outcome(self, number, chunked, at_once):
+        """A recipient's verdict, the reply behind it (LOST: none), and whether the mail may have arrived."""
+        deferred, at_the_end = spoolgore.Verdict.DEFERRED, (self.content,) if chunked else (self.data, self.content)
+        everything = [self.mail, *self.rcpts, *at_the_end]
+        end = next((n for n, reply in enumerate(everything) if reply is LOST or reply.startswith(b"421")), math.inf)
+        for place, reply in [(0, self.mail), (number + 1, self.rcpts[number])]:
+            if place > end or reply is LOST:
+                return deferred, LOST, at_once
+            if not reply.startswith(b"2"):
+                return self.verdict(reply), reply, False
+        for place, reply in enumerate(at_the_end, len(self.rcpts) + 1):
+            last = place == len(everything) - 1
+            if place > end or reply is LOST:
+                return deferred, LOST, at_once or (last and place <= end)
+            if not reply.startswith(b"354"):
+                return self.verdict(reply), reply, False
+        raise AssertionError("a scene ends with a reply to the content")
+
+    @staticmethod
+    def verdict(reply):
+        verdicts = {b"2": spoolgore.Verdict.DELIVERED, b"5": spoolgore.Verdict.REFUSED}
+        return verdicts.get(reply[:1], spoolgore.Verdict.DEFERRED)
+
+
+SCENES = st.builds(
+    Scene,
+    replies(250, 250, 250, 450, 550, 421, LOST),
+    st.lists(replies(250, 250, 450, 550, 421, LOST), min_size=1, max_size=3),
+    replies(354, 354, 354, 450, 554, 421, LOST),
+    replies(250, 250, 450, 550, 421, LOST),
+)
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensions):
+    relay = scripted(extensions)
+    message = read_message(mail().encode())
+    chunked, at_once = "CHUNKING" in extensions, extensions == ("PIPELINING", "CHUNKING")
+
+    @settings(EXAMPLES, max_examples=150)
+    @given(SCENES, st.booleans())
+    def check(scene, warm):
+        addresses = [f"u{number}@x.org" for number in range(len(scene.rcpts))]
+        with contextlib.closing(connection_to(relay)) as connection:
+            talk = relay.connections.items[-1]
+            if warm:
+                connection.transact("app@x.org", ["a@x.org"], message)
+            scene.perform(talk)
+            unanswered = warm and (scene.mail is LOST or scene.mail.startswith(b"421"))
+            try:
+                outcomes = connection.transact("app@x.org", addresses, message)
+            except spoolgore.Unanswered:
+                assert unanswered
+                assert connection.broken
+                return
+            assert not unanswered
+            for number, address in enumerate(addresses):
+                verdict, reply, maybe = scene.outcome(number, chunked, at_once)
+                assert outcomes[address].verdict is verdict
+                assert ("may have arrived" in outcomes[address].text) is maybe
+                assert reply is LOST or outcomes[address].text == reply.decode()
+            assert connection.broken is scene.closed
+            accepted = [rcpt for rcpt in scene.rcpts if scene.mail[:1] == rcpt[:1] == b"2"] if scene.contents else []
+            assert all(content == (message.whole if accepted or chunked else b"") for content in scene.contents)
+            if not connection.broken:
+                assert b"RSET" in talk.commands or (scene.contents and scene.content.startswith(b"2"))
+                talk.replies = {}
+                assert connection.transact("app@x.org", ["b@x.org"], message)["b@x.org"].text == "250 2.0.0 taken"
+
+    check()
+
+
+# The store of connections, in this process, with a dial of its own: no wake-up is lost, nothing is counted twice.
+
+
+def let_run_until(check, what=""):
+    """Let greenlets run until check() is true."""
+    with gevent.Timeout(PATIENCE, AssertionError(f"waited in vain: {what or check}")):
+        while not check():
+            gevent.sleep(0.001)
+
+
+class Wire:
+    """A connection to an Island."""
+
+    broken = False
+
+    def __init__(self, island):
+        self.island, self.used = island, time.monotonic()
+        island.wires.add(self)
+        island.most_wires = max(island.most_wires, len(island.wires))
+
+    def idle_for(self):
+        return time.monotonic() - self.used
+
+    def usable(self):
+        return self in self.island.wires
+
+    def transact(self, sender, addresses, message, carefully):
+        self.island.transact(self, message)
+        self.used = time.monotonic()
+        return dict.fromkeys(addresses, spoolgore.Outcome(spoolgore.Verdict.DELIVERED))
+
+    def close(self):
+        self.island.wires.discard(self)
+
+    quit_politely = close
+
+
+class Island:
+    """What Relay dials: it takes so many connections, none while it is away, and breaks some as chance will have it."""
+
+    def __init__(self, room, chance=None):
+        self.room, self.chance, self.away = room, chance, False
+        self.wires, self.most_wires, self.dials, self.delivered = set(), 0, 0, []
+        self.stuck = gevent.event.Event()  # ends the transaction of a message called stuck
+
+    def dial(self):
+        self.dials += 1
+        try:
+            gevent.sleep(self.chance.choice([0, 0, 0.001]) if self.chance else 0)
+            if self.chance and self.chance.random() < 0.1:
+                raise ValueError("a fault of this program")
+            if self.away or len(self.wires) >= self.room:
+                raise ConnectionRefusedError("no room")
+            return Wire(self)
+        finally:
+            self.dials -= 1
+
+    def transact(self, wire, message):
+        if message == "stuck":
+            self.stuck.wait()
+        elif self.chance:
+            gevent.sleep(self.chance.choice([0, 0, 0.001]))
+            wire.broken = self.away or self.chance.random() < 0.1
+            if wire.broken and (self.away or self.chance.random() < 0.5):
+                raise spoolgore.Unanswered
+        self.delivered.append(message)
+
+    def weather(self):
+        """Come and go, drop what is connected, take more connections or fewer, for ever."""
+        while True:
+            gevent.sleep(0.01)
+            self.away, self.room = self.chance.random() < 0.3, self.chance.randint(1, 10)
+            if self.away:
+                self.wires.clear()
+
+
+class Senders:
+    """A greenlet for each message; those for which the relay was down go again when it is up, as the spooler does it."""
+
+    def __init__(self, island, limit=8):
+        self.pool, self.held, self.sent = gevent.pool.Pool(30), [], []
+        self.relay = spoolgore.Relay("island", island.dial, limit, self.go_again)
+
+    def send(self, message):
+        self.pool.spawn(self._send, message)
+
+    def _send(self, message):
+        try:
+            self.relay.send("app@x.org", ["a@x.org"], message)
+            self.sent.append(message)
+        except spoolgore.RelayDown:
+            self.held.append(message)
+            if not self.relay.down:  # it came up in between
+                self.go_again()
+
+    def go_again(self):
+        held, self.held = self.held, []
+        for message in held:
+            gevent.spawn(self.send, message)
+
+    def wait_for(self, *messages):
+        let_run_until(lambda: set(messages) <= set(self.sent), vars(self.relay))
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Time goes faster for a Relay."""
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", 0.02)
+    monkeypatch.setattr(spoolgore, "probe_delay", lambda failures, login_refused: 0.003)
+
+
+@pytest.mark.parametrize("cap_seconds", [0.02, 3600])  # with the latter nobody wakes up by the clock
+@pytest.mark.parametrize("seed", range(6))
+def test_no_wake_up_is_lost_and_no_connection_miscounted(hurried, monkeypatch, cap_seconds, seed):
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", cap_seconds)
+    island = Island(5, random.Random(seed))
+    weather = gevent.spawn(island.weather)
+    senders = Senders(island)
+    for number in range(500):
+        senders.send(number)
+    senders.wait_for(*range(500))
+    weather.kill()
+    relay = senders.relay
+    assert len(senders.sent) == len(set(senders.sent)) == 500
+    assert (relay.established, relay.dialling) == (len(relay.idle), 0)
+    assert not relay._waiting
+    assert island.wires <= set(relay.idle)
+    assert island.most_wires <= 8
+    relay.close()
+    assert relay.established == 0
+
+
+def test_a_limit_on_connections_is_not_believed_for_ever(hurried):
+    island = Island(room=1)
+    senders = Senders(island)
+    senders.send("stuck")
+    senders.send("waits for a connection")
+    let_run_until(lambda: senders.relay.cap == 1)
+    assert len(island.wires) == 1
+    island.room = 2
+    senders.wait_for("waits for a connection")
+    assert island.delivered == ["waits for a connection"]
+    senders.relay.close()
+
+
+def test_a_limit_on_connections_is_forgotten_after_an_outage(hurried, monkeypatch):
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", 3600)
+    island = Island(room=1)
+    senders = Senders(island)
+    senders.send("stuck")
+    senders.send(1)
+    let_run_until(lambda: senders.relay.cap == 1)
+    island.away = True
+    next(iter(island.wires)).broken = True
+    island.stuck.set()
+    senders.wait_for("stuck")
+    let_run_until(lambda: senders.held)
+    island.away, island.room = False, 10
+    senders.wait_for(1)
+    assert senders.relay.cap == 8
+    senders.relay.close()
+
+
+def test_a_refused_login_stops_all_dials_though_others_are_up(hurried, monkeypatch):
+    refused = []
+
+    def dial():
+        if senders.relay.established:
+            refused.append(1)
+            raise spoolgore.LoginRefused("535 no")
+        return Wire(island)
+
+    monkeypatch.setattr(spoolgore, "probe_delay", lambda failures, login_refused: 3600 if login_refused else 0.003)
+    island = Island(room=10)
+    senders = Senders(island)
+    senders.relay._dial = dial
+    senders.send("stuck")
+    for number in range(20):
+        senders.send(number)
+    let_run_until(lambda: len(senders.held) == 20)
+    assert len(refused) == 1
+    assert senders.relay.down == "island: 535 no"
+    island.stuck.set()
+    senders.relay.close()
+
+
+# -- round trips, and what is declared
+
+
+@pytest.mark.parametrize(
+    "extensions, warm, after_idling",
+    [(("8BITMIME",), 4, 4), (("CHUNKING",), 3, 3), (("PIPELINING",), 2, 2), (("PIPELINING", "CHUNKING"), 1, 2)],
+)
+def test_round_trips_of_a_mail_on_a_warm_connection(scripted, monkeypatch, extensions, warm, after_idling):
+    """Nothing is pipelined without the offer; content does not go to a connection that may have died meanwhile."""
+    relay = scripted(extensions)
+    connection = connection_to(relay)
+    (talk,) = relay.connections.items
+    send_to_alice(connection)
+    for fresh_seconds, expected in [(3600, warm), (-1, after_idling)]:
+        monkeypatch.setattr(spoolgore, "FRESH_SECONDS", fresh_seconds)
+        before = talk.round_trips
+        assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+        assert talk.round_trips - before == expected
+    assert [line[:4] for line in talk.commands].count(b"BDAT") == (3 if "CHUNKING" in extensions else 0)
+
+
+def outcomes_from(scripted, extensions, *addresses, sender="app@x.org", body="Hello.\n"):
+    """What a relay that offers these is told of a mail, and the outcomes."""
+    relay = scripted(extensions)
+    connection = connection_to(relay)
+    outcomes = connection.transact(sender, list(addresses), read_message(mail(body=body).encode()))
+    connection.quit_politely()
+    commands = relay.connections.items[0].commands
+    return outcomes, [line.decode() for line in commands if line[:4] in (b"MAIL", b"RCPT", b"DATA", b"BDAT")]
+
+
+def test_size_and_8bitmime_are_declared_where_they_are_offered(scripted):
+    size = len(mail().encode()) + mail().count("\n")
+    for extensions, declared in [
+        ([], ""),
+        (["SIZE"], f" SIZE={size}"),
+        ([f"SIZE {size}"], f" SIZE={size}"),
+        (["SIZE 0", "8BITMIME"], f" SIZE={size} BODY=8BITMIME"),
+        (["8BITMIME", "SMTPUTF8"], " BODY=8BITMIME"),
+    ]:
+        outcomes, commands = outcomes_from(scripted, extensions, "a@x.org")
+        assert commands == [f"MAIL FROM:<app@x.org>{declared}", "RCPT TO:<a@x.org>", "DATA"]
+        assert outcomes["a@x.org"].verdict is spoolgore.Verdict.DELIVERED
+
+
+def test_a_mail_over_the_relays_limit_is_refused_before_it_is_sent(scripted):
+    size = len(mail().encode()) + mail().count("\n")
+    outcomes, commands = outcomes_from(scripted, [f"SIZE {size - 1}"], "a@x.org", "b@x.org")
+    text = f"552 5.3.4 not sent: {size} octets are over the relay's limit of {size - 1}"
+    assert outcomes == dict.fromkeys(["a@x.org", "b@x.org"], (spoolgore.Verdict.REFUSED, text))
+    assert not commands
+
+
+UTF8, IDN = "jürgen@x.org", "a@bücher.example"
+DELIVERED = (spoolgore.Verdict.DELIVERED, "250 2.0.0 taken")
+
+
+def needs_smtputf8(address):
+    return spoolgore.Verdict.REFUSED, f"553 5.6.7 not sent: {address} needs SMTPUTF8, which the relay does not offer"
+
+
+def test_smtputf8_is_asked_for_only_when_an_address_needs_it(scripted):
+    outcomes, commands = outcomes_from(scripted, ["SMTPUTF8"], IDN, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org>", "RCPT TO:<a@xn--bcher-kva.example>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {IDN: DELIVERED, "b@x.org": DELIVERED}
+    outcomes, commands = outcomes_from(scripted, ["SMTPUTF8"], UTF8, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org> SMTPUTF8", f"RCPT TO:<{UTF8}>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {UTF8: DELIVERED, "b@x.org": DELIVERED}
+
+
+def test_without_smtputf8_only_who_needs_it_is_refused(scripted):
+    outcomes, commands = outcomes_from(scripted, [], UTF8, IDN, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org>", "RCPT TO:<a@xn--bcher-kva.example>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {UTF8: needs_smtputf8(UTF8), IDN: DELIVERED, "b@x.org": DELIVERED}
+    outcomes, commands = outcomes_from(scripted, [], "b@x.org", sender=UTF8)
+    assert outcomes["b@x.org"] == (
+        spoolgore.Verdict.REFUSED,
+        needs_smtputf8(UTF8)[1].replace("sent: ", "sent: the sender "),
+    )
+    assert not commands
+
+
+# -- the life of a connection
+
+
+def store_of(relay, monkeypatch, **constants):
+    """A Relay in this process that dials a ScriptedRelay."""
+    for name, value in constants.items():
+        monkeypatch.setattr(spoolgore, name, value)
+    return spoolgore.Relay("relay", lambda: connection_to(relay), 10)
+
+
+def send_through(store):
+    message = read_message(mail().encode())
+    assert store.send("app@x.org", ["a@x.org"], message) == {"a@x.org": DELIVERED}
+
+
+def verbs(talk):
+    return [line[:4].decode() for line in talk.commands]
+
+
+def test_the_most_recently_used_connection_is_used_first(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch)
+    first, second = store._acquire(), store._acquire()
+    store._release(second)
+    store._release(first)
+    send_through(store)
+    send_through(store)
+    assert (first.uses, second.uses) == (2, 0)
+    store.close()
+
+
+def test_an_idle_connection_is_closed_after_a_while(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch, IDLE_SECONDS=0.1)
+    send_through(store)
+    (talk,) = relay.connections.items
+    let_run_until(talk.ended.is_set)
+    assert verbs(talk)[-1] == "QUIT"
+    assert (store.established, store.idle) == (0, [])
+    store = store_of(relay, monkeypatch, IDLE_SECONDS=3600)
+    send_through(store)
+    gevent.sleep(0.1)  # time enough to close it by mistake
+    assert store.established == 1
+    store.close()
+
+
+def test_a_connection_does_not_live_for_ever(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch, CONNECTION_SECONDS=0)
+    send_through(store)
+    send_through(store)
+    store.close()
+    assert [verbs(talk)[-1] for talk in relay.connections.wait_for(2)] == ["QUIT", "QUIT"]
+
+
+def rude_goodbye(talk):
+    talk.replies = {"QUIT": lambda _: close(talk)}
+    talk.serve()
+
+
+def cut_off(talk):
+    """End the connection by a reset."""
+    talk.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    talk.sock.close()
+    raise EOFError
+
+
+@pytest.mark.parametrize("goodbye", [None, rude_goodbye], ids=["polite", "rude"])
+def test_connections_end_with_quit_and_a_failed_one_harms_nobody(spool, scripted, start, goodbye):
+    relay = scripted(serve=goodbye)
+    daemon = start("-smtpaddr", relay.address)
+    for number in range(5):
+        put(spool, f"m{number}", mail())
+    relay.wait_for(5)
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0
+    for talk in relay.connections.items:
+        assert talk.ended.wait(PATIENCE)
+        assert verbs(talk)[-1] == "QUIT"
+    assert not [line for line in daemon.lines if "error" in line]
+
+
+def unsolicited(text):
+    def act(talk):
+        talk.sock.sendall(text)
+
+    return act
+
+
+def at_mail(act):
+    def prepare(talk):
+        talk.replies = {"MAIL": lambda _: act(talk)}
+
+    return prepare
+
+
+WAYS_TO_DROP = {
+    "closed": Conversation.close,
+    "421": unsolicited(b"421 4.4.2 idle for too long\r\n"),
+    "too many replies": unsolicited(b"250 2.0.0 taken\r\n"),
+    "closed at MAIL": at_mail(close),
+    "reset at MAIL": at_mail(cut_off),
+    "421 at MAIL": at_mail(say(b"421 4.3.2 bye\r\n")),
+}
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_a_connection_that_was_dropped_while_idle_is_replaced_silently(spool, scripted, start, extensions):
+    relay = scripted(extensions)
+    daemon = start("-smtpaddr", relay.address)
+    for number, drop in enumerate([*WAYS_TO_DROP.values(), lambda talk: None], 1):
+        put(spool, f"m{number}", mail())
+        relay.wait_for(number)
+        wait_until(lambda: not names(spool))
+        assert len(relay.connections.items) == number
+        drop(relay.connections.items[-1])
+    daemon.stop()
+    assert len(relay.mails.items) == len(WAYS_TO_DROP) + 1
+    assert not [line for line in daemon.lines if "error" in line or "unavailable" in line]
+
+
+def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scripted, monkeypatch):
+    """However many warm connections there are: only the first could have died of idleness."""
+    relay = scripted(("PIPELINING", "CHUNKING"))
+    store = store_of(relay, monkeypatch)
+    connections = [store._acquire() for _ in range(5)]
+    for connection in connections:
+        assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+        store._release(connection)
+    contents = Collector()
+    for talk in relay.connections.items:
+        talk.take = lambda content, talk=talk: (contents.add(content), talk.sock.close())
+    outcome = store.send("app@x.org", ["a@x.org"], read_message(mail(body="poison").encode()))["a@x.org"]
+    assert len(contents.items) == 2
+    assert outcome.verdict is spoolgore.Verdict.DEFERRED
+    assert "may have arrived" in outcome.text
+    store.close()
+
+
+# -- large mails
+
+
+def discard(talk):
+    """Take mails and keep nothing of them."""
+
+    def on_data(line):
+        talk.send(b"354 go ahead\r\n")
+        size, end = 0, b""
+        while end != b"\r\n.\r\n":
+            talk.receive()
+            size, end = size + len(talk.unread), (end + bytes(talk.unread[-5:]))[-5:]
+            talk.unread.clear()
+        talk.relay.mails.add(size)
+        return b"250 2.0.0 taken\r\n"
+
+    talk.replies = {"DATA": on_data}
+    talk.serve()
+
+
+def test_large_mails_are_streamed(spool, scripted, start):
+    relay = scripted(("PIPELINING", "CHUNKING"), serve=discard)
+    text = mail(body="a line of thirty-two octets.....\n" * 2**20).encode()
+    for number in range(4):
+        (spool / f"m{number}").write_bytes(text)
+    daemon = start("-smtpaddr", relay.address)
+    assert relay.wait_for(4) == [len(text) + text.count(b"\n") + len(b".\r\n")] * 4
+    wait_until(lambda: not names(spool))
+    assert peak_of(daemon) < 2 * len(text) // 1024
+    assert daemon.stop() == 0
+
+
+def peak_of(daemon):
+    """The most memory that the process ever had, in KB."""
+    path = Path(f"/proc/{daemon.process.pid}/status")
+    if not path.exists():
+        pytest.skip("no /proc")
+    return int(re.search(r"VmHWM:\s*(\d+) kB", path.read_text())[1])
+
+
+def test_a_large_mail_leaves_a_turn_to_others_after_each_chunk(scripted):
+    """However fast the relay reads it: with the sockets of this process, that block, there is no other turn."""
+
+    def count():
+        while True:
+            turns.append(len(turns))
+            gevent.sleep(0)
+
+    turns, text = [], mail(body="a line of thirty-two octets.....\n" * 2**15).encode()
+    counter = gevent.spawn(count)
+    connection = connection_to(scripted(serve=discard))
+    connection.transact("app@x.org", ["a@x.org"], read_message(text))
+    counter.kill()
+    assert len(turns) >= len(text) // spoolgore.CHUNK
 
 
 # --------------------------------------------------------------- TLS and logins
