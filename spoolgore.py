@@ -3008,14 +3008,14 @@ class Spooler:
     def settle(self, mail, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
         path = mail.path
-        if not is_settled(envelope):
+        if not self.spool.unchanged(mail):
+            self.replaced(path)
+        elif not is_settled(envelope):
             self.status.commit_deliveries(path)
             if relay_down and self.relay.down:
                 self.held.append(path)
             else:
                 self.later(path, next_attempt(envelope))
-        elif not self.spool.unchanged(mail):
-            self.replaced(path)
         elif has_failed(envelope):
             self.put_aside(mail)
         else:

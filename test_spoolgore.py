@@ -160,8 +160,11 @@ class Recorder:
         self.mails = Collector()
         self.rcpt_replies = {}  # address -> reply, or a list of replies for one time each
         self.data_reply = "250 2.0.0 taken"
+        self.most, self.too_many_reply = math.inf, ""  # recipients of one transaction, and what the next one gets
 
     async def handle_RCPT(self, server, session, envelope, address, options):
+        if len(envelope.rcpt_tos) >= self.most:
+            return self.too_many_reply
         reply = self.rcpt_replies.get(address, "250 2.1.5 fine")
         if isinstance(reply, list):
             reply = reply.pop(0) if reply else "250 2.1.5 fine"
@@ -349,12 +352,15 @@ class Conversation:
         self.unread = bytearray()
         self.ended = threading.Event()
         self.replies = {}
+        self.sender, self.recipients, self.content = None, [], b""
 
     def run(self):
-        with contextlib.suppress(OSError, EOFError):
-            self.relay.serve(self)
-        self.close()
-        self.ended.set()
+        try:
+            with contextlib.suppress(OSError, EOFError):
+                self.relay.serve(self)
+        finally:
+            self.close()
+            self.ended.set()
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -447,16 +453,22 @@ class Conversation:
         self.send(b"250 2.1.0 fine\r\n")
 
     def on_RCPT(self, line):
+        if self.sender is None:
+            return self.send(b"503 5.5.1 MAIL first\r\n")
         self.recipients.append(path_of(line))
-        self.send(b"250 2.1.5 fine\r\n")
+        return self.send(b"250 2.1.5 fine\r\n")
 
     def on_DATA(self, line):
+        if not self.recipients:
+            return self.send(b"554 5.5.1 no valid recipients\r\n")
         self.send(b"354 go ahead\r\n")
-        self.take(self.data())
+        return self.take(self.data())
 
     def on_BDAT(self, line):
         self.content += self.read(int(line.split()[1]))
-        if line.upper().endswith(b" LAST"):
+        if not self.recipients:
+            self.send(b"554 5.5.1 no valid recipients\r\n")
+        elif line.upper().endswith(b" LAST"):
             self.take(self.content)
         else:
             self.send(b"250 2.0.0 fine\r\n")
@@ -464,6 +476,11 @@ class Conversation:
     def take(self, content):
         self.relay.mails.add(Received(self.sender, self.recipients, content))
         self.send(b"250 2.0.0 taken\r\n")
+        self.on_RSET(b"RSET", b"")
+
+    def on_RSET(self, line, reply=b"250 2.0.0 fine\r\n"):
+        self.sender, self.recipients, self.content = None, [], b""
+        self.send(reply)
 
     def on_QUIT(self, line):
         self.send(b"221 2.0.0 bye\r\n")
@@ -2321,6 +2338,314 @@ def test_when_progress_has_the_next_word():
 
 
 # ---------------------------------------------------- delivery, retry, given up
+
+
+def write_entries(spool, entries):
+    """A status file from a dict from file name to entry."""
+    text = json.dumps({str(Path(spool) / name): entry for name, entry in entries.items()})
+    (Path(spool) / ".spoolgore.js").write_text(text)
+
+
+def due_in(recipient, moment):
+    """Seconds from the moment until a recipient of the status file is due."""
+    return spoolgore.parse_time(recipient["NextAttempt"]) - moment
+
+
+def given_up(spool):
+    return sorted(os.listdir(spool / ".failed")) if (spool / ".failed").exists() else []
+
+
+def test_each_recipients_own_reply_decides(spool, relay, run):
+    relay.recorder.rcpt_replies["later@x.org"] = ["451 4.7.1 try later"]
+    put(spool, "m1", mail("a@x.org, later@x.org", Cc="b@x.org", Bcc="c@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75
+    assert [received.recipients for received in relay.mails] == [["a@x.org", "b@x.org", "c@x.org"]]
+    states = {address: (r["Status"], r["Attempts"], r["Error"]) for address, r in daemon.recipients("m1").items()}
+    done = (2, 0, "")
+    assert states == {"a@x.org": done, "b@x.org": done, "c@x.org": done, "later@x.org": (0, 1, "451 4.7.1 try later")}
+    entry = daemon.status()["m1"]
+    entry["To"][1]["NextAttempt"] = MOMENT
+    write_entries(spool, {"m1": entry})
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert [received.recipients for received in relay.mails[1:]] == [["later@x.org"]]
+    assert names(spool) == [] and daemon.status() == {}
+
+
+@pytest.mark.parametrize("reply", ["452 4.5.3 too many recipients", "552 too many recipients"])
+def test_a_relay_that_takes_few_recipients_gets_the_rest_at_once(spool, relay, run, reply):
+    relay.recorder.most, relay.recorder.too_many_reply = 3, reply
+    addresses = [f"u{number}@x.org" for number in range(8)]
+    put(spool, "m1", mail(", ".join(addresses)))
+    assert run("-once", "-smtpaddr", relay.address, "-attempts", 1).status_code == 0
+    assert [received.recipients for received in relay.mails] == [addresses[:3], addresses[3:6], addresses[6:]]
+
+
+def test_too_many_recipients_is_an_error_when_not_even_one_is_taken(spool, relay, run):
+    relay.recorder.most, relay.recorder.too_many_reply = 0, "452 4.5.3 too many recipients"
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75
+    assert {recipient["Attempts"] for recipient in daemon.recipients("m1").values()} == {1}
+
+
+def test_a_full_mailbox_is_not_too_many_recipients(spool, relay, run):
+    relay.recorder.rcpt_replies["full@x.org"] = "452 4.2.2 mailbox full"
+    put(spool, "m1", mail("a@x.org, full@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.recipients("m1")["full@x.org"]["Attempts"] == 1
+
+
+STAGES = {  # where the relay says no -> the verb it says it to
+    "sender": {"MAIL": b"%s sender refused\r\n"},
+    "recipient": {"RCPT": b"%s recipient refused\r\n"},
+    "data": {"DATA": b"%s no data please\r\n"},
+}
+
+
+@pytest.mark.parametrize("extensions", [(), ("PIPELINING",), ("PIPELINING", "CHUNKING")])
+@pytest.mark.parametrize("stage", STAGES)
+def test_retry_grows_by_a_minute_an_attempt_on_any_error(spool, scripted, run, stage, extensions):
+    relay = scripted(extensions)
+    codes = itertools.cycle([b"451", b"550"])
+    template = STAGES[stage]
+    relay.replies = {("BDAT" if verb == "DATA" and "CHUNKING" in extensions else verb): None for verb in template}
+    waits = {0: 1, 1: 2, 28: 29, 29: 30, 30: 30, 97: 30}  # failed attempts so far -> minutes until the next
+    for attempts in waits:
+        put(spool, f"m{attempts}", mail("a@x.org"))
+    write_entries(spool, {f"m{n}": envelope_to(addressee("a@x.org", attempts=n)) for n in waits})
+
+    def refuse(conversation):
+        def reply(line):
+            if line.startswith(b"BDAT"):
+                conversation.read(int(line.split()[1]))
+            return next(iter(template.values())) % next(codes)
+
+        conversation.replies = dict.fromkeys(relay.replies, reply)
+        conversation.serve()
+
+    relay.serve = refuse
+    before = time.time()
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and relay.mails.items == []
+    errors = set()
+    for attempts, minutes in waits.items():
+        recipient = daemon.recipients(f"m{attempts}")["a@x.org"]
+        assert (recipient["Status"], recipient["Attempts"]) == (0, attempts + 1)
+        assert 60 * minutes <= due_in(recipient, before) < 60 * minutes + PATIENCE
+        errors.add(recipient["Error"])
+    text = next(iter(template.values())).decode().strip()
+    assert errors == {text % "451", text % "550"}
+
+
+def test_nobody_is_asked_before_the_time_has_come(spool, scripted, start):
+    relay = scripted()
+    soon, late = (spoolgore.format_time(time.time() + seconds) for seconds in (1.5, 3600))
+    put(spool, "m1", mail("a@x.org"))
+    put(spool, "m2", mail("b@x.org"))
+    write_entries(
+        spool, {"m1": envelope_to(addressee("a@x.org", moment=soon)), "m2": envelope_to(addressee(moment=late))}
+    )
+    start("-smtpaddr", relay.address, "-freq", 3600)
+    received = relay.wait_for(1)[0]
+    assert time.time() >= spoolgore.parse_time(soon)
+    assert received.recipients == ["a@x.org"]
+    wait_until(lambda: names(spool) == ["m2"])
+    assert len(relay.mails.items) == 1
+
+
+def test_given_up_after_the_last_attempt_and_only_then(spool, relay, run):
+    replies = relay.recorder.rcpt_replies
+    replies.update({"never@x.org": "550 5.1.1 no such user", "later@x.org": "451 4.7.1 try later"})
+    put(spool, "m1", text := mail("a@x.org, never@x.org"))
+    put(spool, "m2", mail("never@x.org, later@x.org"))
+    m2 = envelope_to(addressee("never@x.org", attempts=2), addressee("later@x.org", attempts=1))
+    write_entries(spool, {"m1": envelope_to(addressee(), addressee("never@x.org", attempts=2)), "m2": m2})
+    daemon = run("-once", "-smtpaddr", relay.address, "-attempts", 3)
+    assert daemon.status_code == 75
+    m1, aside = spool / "m1", spool / ".failed" / "m1"
+    assert (names(spool), given_up(spool)) == (["m2"], ["m1"])  # m2 has somebody who waits
+    assert aside.read_text() == text and stat.S_IMODE(aside.parent.stat().st_mode) == 0o700
+    entries = json.loads((spool / ".spoolgore.js").read_text())
+    assert sorted(entries) == [str(aside), str(spool / "m2")]
+    states = [(r["Status"], r["Attempts"], r["Error"]) for r in entries[str(aside)]["To"]]
+    assert states == [(2, 0, ""), (2, 3, "550 5.1.1 no such user")]
+    states = [(r["Status"], r["Attempts"], r["Error"]) for r in entries[str(spool / "m2")]["To"]]
+    assert states == [(2, 3, "550 5.1.1 no such user"), (0, 2, "451 4.7.1 try later")]
+    of_m1 = [line for line in daemon.lines if line.startswith(f"{m1} ") and ("never" in line or "moved" in line)]
+    assert of_m1 == [
+        f"{m1} sending mail to never@x.org attempt: 2",
+        f"{m1} SMTP error, mail to never@x.org 550 5.1.1 no such user",
+        f"{m1} max SMTP attempts reached for never@x.org ... giving up",
+        f"{m1} moved to {aside}",
+    ]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_mail_that_is_moved_back_goes_to_those_who_failed(spool, relay, start, is_running):
+    replies = relay.recorder.rcpt_replies
+    replies["never@x.org"] = replies["no@x.org"] = "550 5.1.1 no such user"
+    put(spool, "m1", mail("a@x.org, never@x.org", Bcc="no@x.org"))
+    flags = ("-smtpaddr", relay.address, "-attempts", 1)
+    daemon = start(*flags)
+    wait_until(lambda: given_up(spool) == ["m1"])
+    assert is_running or daemon.stop() == 0
+    del replies["never@x.org"]
+    replies["no@x.org"] = "451 4.7.1 try later"
+    (spool / ".failed" / "m1").rename(spool / "m1")
+    daemon = daemon if is_running else start(*flags)
+    wait_until(lambda: given_up(spool) == ["m1"] and len(relay.mails) == 2, "given up again, for one of them")
+    del replies["no@x.org"]
+    (spool / ".failed" / "m1").rename(spool / "m1")
+    relay.wait_for(3)
+    assert [received.recipients for received in relay.mails] == [["a@x.org"], ["never@x.org"], ["no@x.org"]]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0
+    assert given_up(spool) == [] and daemon.status() == {}
+    attempts = [line for line in daemon.lines if "no@x.org attempt:" in line]
+    assert {line.rpartition(" ")[2] for line in attempts} == {"0"}  # a fresh start each time
+
+
+def test_mails_of_one_name_are_given_up_beside_each_other(spool, relay, start):
+    relay.recorder.rcpt_replies.update({f"{name}@x.org": "550 5.1.1 no such user" for name in ("a", "b")})
+    daemon = start("-smtpaddr", relay.address, "-attempts", 1)
+    put(spool, "m1", mail("a@x.org"))
+    wait_until(lambda: given_up(spool) == ["m1"])
+    put(spool, "m1", mail("b@x.org"))
+    wait_until(lambda: given_up(spool) == ["m1", "m1.1"])
+    assert b"To: a@x.org" in (spool / ".failed" / "m1").read_bytes()
+    relay.recorder.rcpt_replies.clear()
+    (spool / ".failed" / "m1.1").rename(spool / "m1.1")
+    assert relay.wait_for(1)[0].recipients == ["b@x.org"]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0
+    assert list(daemon.status()) == ["m1"] and given_up(spool) == ["m1"]
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA"])
+def test_fail5xx_gives_up_at_the_first_permanent_reply(spool, scripted, run, verb):
+    relay = scripted()
+    put(spool, "m1", mail("a@x.org"))
+    relay.replies = {verb: b"450 4.7.0 not now\r\n"}
+    flags = ("-once", "-fail5xx", "-smtpaddr", relay.address)
+    daemon = run(*flags)
+    assert daemon.recipients("m1")["a@x.org"]["Status"] == 0
+    write_entries(spool, {})
+    relay.replies = {verb: b"550 5.7.1 never\r\n"}
+    assert run(*flags).status_code == 0
+    assert (names(spool), given_up(spool)) == ([], ["m1"])
+    assert daemon.recipients("m1")["a@x.org"]["Error"] == "550 5.7.1 never"
+
+
+RELAYS_OWN = {  # a 5xx reply that says nothing about any mail -> extensions, replies, flags
+    "greeting": ((), {}, ()),
+    "EHLO": ((), {"EHLO": b"550 no\r\n", "HELO": b"550 5.7.0 go away\r\n"}, ()),
+    "STARTTLS": (("STARTTLS",), {"STAR": b"554 5.7.0 go away\r\n"}, ()),
+    "AUTH": (("AUTH PLAIN",), {"AUTH": b"535 5.7.0 go away\r\n"}, ("-smtpuser", "u", "-smtppassword", "p")),
+}
+
+
+@pytest.mark.parametrize("stage", RELAYS_OWN)
+def test_fail5xx_is_not_for_what_is_the_relays_own(spool, scripted, run, stage):
+    extensions, replies, flags = RELAYS_OWN[stage]
+    relay = scripted(extensions)
+    relay.replies = replies
+    if stage == "greeting":
+        relay.serve = lambda conversation: (conversation.greet(b"554 5.7.0 go away\r\n"), conversation.flush())
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-fail5xx", "-attempts", 1, *flags, "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and names(spool) == ["m1"] and given_up(spool) == []
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert recipient["Error"].endswith("5.7.0 go away")
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("garbage no header\n", 'unable to parse mail file, malformed MIME header: missing colon: "garbage no header"'),
+    (mail(None), "has no recipients"),
+    (mail("undisclosed-recipients:;", Bcc=""), "has no recipients"),
+])  # fmt: skip
+def test_what_cannot_be_sent_stays_is_said_once_and_goes_when_it_is_mended(spool, relay, start, text, reason):
+    put(spool, "m1", text)
+    put(spool, "m2", text)
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, python=lacking("inotify"))
+    for number in range(3):  # each is found by a scan
+        put(spool, f"other{number}", mail())
+        relay.wait_for(number + 1)
+    assert [line for line in daemon.lines if "/m1 " in line] == [f"{spool}/m1 {reason}"]
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    entry = daemon.status()["m1"]
+    assert entry["Error"] == reason and entry["To"] == entry["Cc"] == entry["Bcc"] == []
+    assert (spool / "m1").read_text() == text
+    daemon.send("SIGURG")
+    put(spool, "m1", mail("mended1@x.org"))
+    (spool / "m2").write_text(mail("mended2@x.org"))  # in place
+    mended = [received.recipients for received in relay.wait_for(5)[3:]]
+    assert sorted(mended) == [["mended1@x.org"], ["mended2@x.org"]]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and daemon.status() == {}
+
+
+def test_a_mended_mail_goes_at_once(spool, relay, start):
+    put(spool, "m1", "garbage\n")
+    put(spool, "m2", mail(None))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    daemon.wait_for("m1 unable to parse")
+    daemon.wait_for("m2 has no recipients")
+    put(spool, "m1", mail("a@x.org"))
+    (spool / "m2").write_text(mail("b@x.org"))
+    assert sorted(received.recipients for received in relay.wait_for(2)) == [["a@x.org"], ["b@x.org"]]
+
+
+class Gate:
+    """A reply of a ScriptedRelay that is held until the gate is opened; then it is the usual one."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, line):
+        self.reached.set()
+        assert self.opened.wait(PATIENCE)
+
+    def wait(self):
+        assert self.reached.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("reply", [None, b"451 4.3.0 later\r\n", b"550 5.1.1 no such user\r\n"])
+@pytest.mark.parametrize("replacement", [None, "another@x.org"])
+def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, start, reply, replacement):
+    """Whatever the relay says then: what is there now is another mail, with no past."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: reply if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-fail5xx")
+    gate.wait()
+    if replacement:
+        put(spool, "m1", mail(replacement))
+    else:
+        (spool / "m1").unlink()
+    gate.opened.set()
+    expected = [["a@x.org"]] * (reply is None) + [[replacement]] * bool(replacement)
+    if replacement:
+        relay.wait_for(len(expected))
+        wait_until(lambda: names(spool) == [])
+    else:
+        daemon.wait_for("m1 successfully sent" if reply is None else "m1 SMTP error")
+    assert daemon.stop() == 0
+    assert [received.recipients for received in relay.mails.items] == expected
+    assert (names(spool), given_up(spool), daemon.status()) == ([], [], {})
+
+
+def test_a_mail_that_is_removed_while_it_waits_is_forgotten(spool, relay, start):
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    waiting = addressee("b@x.org", attempts=1, moment="2999-01-01T00:00:00Z")
+    write_entries(spool, {"m1": envelope_to(addressee("a@x.org", status=2), waiting)})
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    (spool / "m1").unlink()
+    wait_until(lambda: daemon.status() == {})
+    put(spool, "m1", mail("a@x.org, b@x.org"))  # a new one of the same name is new
+    assert relay.wait_for(1)[0].recipients == ["a@x.org", "b@x.org"]
 
 
 # ----------------------------------------- signals, -once, the printer, the log
