@@ -2403,8 +2403,13 @@ STAGES = {  # where the relay says no -> the verb it says it to
 }
 
 
-@pytest.mark.parametrize("extensions", [(), ("PIPELINING",), ("PIPELINING", "CHUNKING")])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage, extensions", [
+    ("sender", ("PIPELINING",)),
+    ("recipient", ()),
+    ("recipient", ("PIPELINING",)),
+    ("data", ("PIPELINING",)),
+    ("data", ("PIPELINING", "CHUNKING")),
+])  # fmt: skip
 def test_retry_grows_by_a_minute_an_attempt_on_any_error(spool, scripted, run, stage, extensions):
     relay = scripted(extensions)
     codes = itertools.cycle([b"451", b"550"])
@@ -2649,6 +2654,465 @@ def test_a_mail_that_is_removed_while_it_waits_is_forgotten(spool, relay, start)
 
 
 # ----------------------------------------- signals, -once, the printer, the log
+
+
+class Pulse:
+    """Rounds of a daemon's loop, by the signs of life that it gives to a service manager: for what must not happen."""
+
+    def __init__(self, path):
+        self.said = Collector()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.env = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "40000"}
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):
+            while text := self.socket.recv(4096):
+                self.said.add(text.decode())
+
+    def wait(self, rounds=10):
+        beats = self.said.items.count("WATCHDOG=1")
+        self.said.wait_for(beats + rounds, lambda text: text == "WATCHDOG=1")
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+@pytest.fixture
+def pulse(tmp_path):
+    beats = Pulse(tmp_path / "notify")
+    yield beats
+    beats.close()
+
+
+FAR = "2999-01-01T00:00:00Z"
+
+
+def changed(old, new):
+    """For Daemon's python argument: the script with one of its figures changed."""
+    code = "import sys; name = sys.argv[1]; del sys.argv[0]; text = open(name).read(); assert {0!r} in text; "
+    code += "__file__ = name; exec(compile(text.replace({0!r}, {1!r}), name, 'exec'))"
+    return sys.executable, "-c", code.format(old, new)
+
+
+def asked_for(relay):
+    """Every recipient that a relay took, sorted."""
+    return sorted(address for received in relay.mails.items for address in received.recipients)
+
+
+def test_sigurg_sends_what_waits(spool, scripted, start):
+    relay = scripted()
+    for name in ("m1", "m2"):
+        put(spool, name, mail("a@x.org, b@x.org"))
+    waiting = envelope_to(addressee("a@x.org", status=2), addressee("b@x.org", attempts=40, moment=FAR))
+    write_entries(spool, {"m1": waiting, "m2": waiting})
+    daemon = start("-smtpaddr", relay.address)
+    daemon.send("SIGURG")
+    assert daemon.wait_for("flushed")[0][20:] == "spool directory flushed (2 messages in the queue)"
+    relay.wait_for(2)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["b@x.org", "b@x.org"]
+
+
+def suspended_in_mid_transaction(spool, scripted, start, **options):
+    """A daemon that was suspended while a mail to a@x.org (taken then) and later@x.org (deferred) is in flight."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {
+        "MAIL": lambda line: gate(line) if b"<flying@" in line else None,
+        "RCPT": lambda line: b"451 4.7.1 try later\r\n" if b"<later@" in line else None,
+    }
+    put(spool, "flying", mail("a@x.org, later@x.org", sender="flying@x.org"))
+    put(spool, "waiting", mail("done@x.org, w@x.org"))
+    waiting = envelope_to(addressee("done@x.org", status=2), addressee("w@x.org", moment=FAR))
+    write_entries(spool, {"waiting": waiting})
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, **options)
+    gate.wait()
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
+    return daemon, relay, gate
+
+
+def snapshot(path):
+    status = path.stat()
+    return path.read_bytes(), status.st_mtime_ns, status.st_ino
+
+
+def edited(daemon):
+    """Edit the status file: w@x.org is due, and nobody has got anything of the mail that is in flight."""
+    entries = daemon.status()
+    entries["waiting"]["To"][1]["NextAttempt"] = MOMENT
+    for recipient in entries["flying"]["To"]:
+        assert recipient["Status"] == 1
+        recipient.update(Status=0, NextAttempt=FAR)
+    write_entries(daemon.spool, entries)
+
+
+def test_a_suspension_lasts_and_an_edit_takes_effect_at_its_end(spool, scripted, start, pulse):
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env)
+    file = spool / ".spoolgore.js"
+    before = snapshot(file)
+    put(spool, "new", mail("new@x.org"))
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    pulse.wait()
+    assert snapshot(file) == before and names(spool) == ["flying", "new", "waiting"]
+    edited(daemon)
+    before = snapshot(file)
+    pulse.wait()
+    assert snapshot(file) == before and asked_for(relay) == ["a@x.org"]
+    daemon.send("SIGHUP")
+    daemon.wait_for("status reloaded")
+    relay.wait_for(3)
+    wait_until(lambda: names(spool) == ["flying"])
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "new@x.org", "w@x.org"]
+    left = daemon.recipients("flying")
+    assert (left["a@x.org"]["Status"], left["later@x.org"]["NextAttempt"]) == (2, FAR)
+
+
+def test_sigurg_ends_a_suspension(spool, scripted, start, pulse):
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env)
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    put(spool, "new", mail("new@x.org"))
+    pulse.wait()
+    assert asked_for(relay) == ["a@x.org"]
+    daemon.send("SIGURG")
+    relay.wait_for(3)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "new@x.org", "w@x.org"]
+
+
+def test_a_reload_sends_nothing_twice(spool, scripted, start):
+    """Neither what is in flight, nor what was delivered since the file was written, nor what is gone by then."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {
+        "MAIL": lambda line: gate(line) if b"<flying@" in line else None,
+        "RCPT": lambda line: b"451 4.7.1 try later\r\n" if b"<later@" in line else None,
+    }
+    for name in ("flying", "partly", "whole"):
+        put(spool, name, mail("a@x.org, later@x.org" if name == "partly" else "b@x.org", sender=f"{name}@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    gate.wait()
+    daemon.wait_for("partly SMTP error, mail to later@x.org")
+    wait_until(lambda: names(spool) == ["flying", "partly"])
+    flying, partly = envelope_to(addressee("b@x.org")), envelope_to(addressee("a@x.org"), addressee("later@x.org"))
+    wait_until(lambda: daemon.recipients("partly").get("a@x.org", {}).get("Status") == 2)
+    partly["To"][0]["Status"] = 2
+    write_entries(spool, {"flying": flying, "partly": partly, "whole": flying})
+    for number in range(3):
+        daemon.send("SIGHUP")
+        daemon.wait_for("status reloaded", number + 1)
+    gate.opened.set()
+    relay.wait_for(3)
+    wait_until(lambda: names(spool) == ["partly"])
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "b@x.org", "b@x.org"]
+    assert list(daemon.status()) == ["partly"]
+
+
+def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
+    relay, count = scripted(), 5000
+    text = mail().encode()
+    for number in range(count):
+        (spool / f"m{number}").write_bytes(text)
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 20)
+    relay.wait_for(100)
+    words = {"SIGTSTP": "suspended", "SIGHUP": "reloaded", "SIGURG": "flushed", "SIGTERM": "stopped"}
+    for name, word in words.items():
+        asked = time.monotonic()
+        daemon.send(name)
+        daemon.wait_for(word)
+        assert time.monotonic() - asked < 10
+    assert daemon.wait() == 0
+    left = len(names(spool))
+    assert 0 < left < count and len(relay.mails.items) == count - left
+    assert len([line for line in daemon.lines if "successfully" in line]) == count - left
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_what_is_in_flight_finishes_and_nothing_else_begins(spool, scripted, start, pulse, name):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: b"451 4.7.1 later\r\n" if b"<later@" in line else None}
+    put(spool, "m1", mail("a@x.org, later@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 1, env=pulse.env)
+    gate.wait()
+    put(spool, "m2", mail("b@x.org"))
+    daemon.send(name)
+    pulse.said.wait_for(1, lambda text: text.startswith("STOPPING=1"))
+    put(spool, "m3", mail("c@x.org"))
+    gate.opened.set()
+    assert daemon.wait() == 0
+    assert asked_for(relay) == ["a@x.org"] and names(spool) == ["m1", "m2", "m3"]
+    states = [(recipient["Status"], recipient["Attempts"]) for recipient in daemon.recipients("m1").values()]
+    assert states == [(2, 0), (0, 1)]
+    assert stat.S_IMODE((spool / ".spoolgore.js").stat().st_mode) == 0o600
+    assert daemon.lines[-1].startswith("stopped (")
+
+
+def test_a_second_signal_ends_it_at_once(spool, scripted, start, pulse):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, env=pulse.env)
+    gate.wait()
+    daemon.send("SIGTERM")
+    pulse.said.wait_for(1, lambda text: text.startswith("STOPPING=1"))
+    daemon.send("SIGINT")
+    assert daemon.wait() == 1
+    assert not [line for line in daemon.lines if "stopped" in line] and names(spool) == ["m1"]
+    gate.opened.set()
+    start("-smtpaddr", relay.address)
+    assert relay.wait_for(1)[0].recipients == ["a@x.org"]
+
+
+def test_what_is_in_flight_for_too_long_at_the_end_waits_again(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, python=changed("STOP_SECONDS = 10 ", "STOP_SECONDS = 0.2 "))
+    gate.wait()
+    assert daemon.stop() == 0
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert recipient["Error"].endswith("the mail may have arrived")
+    gate.opened.set()
+
+
+def a_subdirectory(spool):
+    (spool / "sub").mkdir()
+    put(spool / "sub", "m1", mail())
+
+
+def a_mail_that_is_not_due(spool):
+    put(spool, "m1", mail())
+    write_entries(spool, {"m1": envelope_to(addressee(moment=FAR))})
+
+
+@pytest.mark.parametrize("prepare, code, sent", [
+    (lambda spool: None, 0, 0),
+    (a_subdirectory, 0, 0),
+    (a_mail_that_is_not_due, 75, 0),
+    (lambda spool: put(spool, "m1", "garbage\n"), 75, 0),
+    (lambda spool: [put(spool, f"m{number}", mail()) for number in range(250)], 0, 250),
+])  # fmt: skip
+def test_once(spool, scripted, run, prepare, code, sent):
+    relay = scripted()
+    prepare(spool)
+    assert run("-once", "-smtpaddr", relay.address).status_code == code
+    assert len(relay.mails.items) == sent
+    assert len(relay.connections.items) <= sent
+
+
+def test_the_printer(spool):
+    put(spool, "m1", mail("Alice <a@x.org>", sender="App <app@x.org>", Bcc="b@x.org", body=".\nGrüße\n"))
+    put(spool, "m2", mail("c@x.org", sender=""))
+    done = spoolgore_run("-once", "-smtpaddr", "-", spool)
+    assert (done.returncode, names(spool)) == (0, [])
+    assert done.stdout == (
+        "MAIL FROM:<app@x.org>\nRCPT TO:<a@x.org>\nRCPT TO:<b@x.org>\n\n"
+        "From: App <app@x.org>\nTo: Alice <a@x.org>\nSubject: a test\n\n.\nGrüße\n\n"
+        "MAIL FROM:<>\nRCPT TO:<c@x.org>\n\nFrom: \nTo: c@x.org\nSubject: a test\n\nHello.\n\n"
+    )
+    assert [line[20:] for line in done.stderr.splitlines() if "m2 " in line] == [
+        f"{spool}/m2 sending mail to c@x.org attempt: 0",
+        f"{spool}/m2 successfully sent to c@x.org",
+    ]
+
+
+AS_A_USER = {"PYTHONUNBUFFERED": ""}  # whatever the tests run under
+
+
+def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, start):
+    replies = relay.recorder.rcpt_replies
+    replies["later@x.org"] = "451-4.7.1 try\r\n451 4.7.1 later"
+    put(spool, "m1", mail("a@x.org, later@x.org"))
+    put(spool, "line\nbreak", mail("b@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("successfully sent", 2)
+    daemon.wait_for("SMTP error")
+    for name, word in (("SIGTSTP", "suspended"), ("SIGHUP", "reloaded"), ("SIGURG", "flushed")):
+        daemon.send(name)
+        daemon.wait_for(word)
+    daemon.wait_for("SMTP error", 2)
+    assert daemon.stop() == 0
+    for line in daemon.log.items:
+        moment = time.strptime(line[:20], "%Y/%m/%d %H:%M:%S ")
+        assert abs(time.mktime(moment) - time.time()) < 3600
+    m1, other = f"{spool}/m1", f"{spool}/line break"
+    expected = [
+        f"--- starting Spoolgore (pid: {daemon.process.pid}) on directory {spool} ---",
+        f"{m1} sending mail to a@x.org attempt: 0",
+        f"{m1} sending mail to later@x.org attempt: 0",
+        f"{other} sending mail to b@x.org attempt: 0",
+        f"{m1} successfully sent to a@x.org",
+        f"{m1} SMTP error, mail to later@x.org 451 4.7.1 try 4.7.1 later",
+        f"{other} successfully sent to b@x.org",
+        "Spoolgore is suspended, send SIGHUP or SIGURG to unpause it",
+        "status reloaded",
+        "spool directory flushed (1 messages in the queue)",
+        f"{m1} sending mail to later@x.org attempt: 1",
+        f"{m1} SMTP error, mail to later@x.org 451 4.7.1 try 4.7.1 later",
+        "stopped (1 messages in the queue)",
+    ]
+    assert sorted(daemon.lines) == sorted(expected)
+    assert [line for line in daemon.lines if "m1" in line] == [line for line in expected if "m1" in line]
+
+
+def test_nothing_is_said_again_at_every_scan(spool, tmp_path, start, pulse):
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", f"127.0.0.1:{free_port()}", "-freq", 0, env=pulse.env)
+    daemon.wait_for("relay unavailable, 127.0.0.1")
+    os.mkfifo(spool / "fifo")
+    (spool / "link").symlink_to("/etc/passwd")
+    put(spool, "empty", b"")
+    daemon.wait_for("not a regular file", 2)
+    daemon.wait_for("has no recipients")
+    pulse.wait(20)
+    spool.rename(tmp_path / "away")
+    daemon.wait_for("unable to access spool directory, No such file or directory")
+    pulse.wait(20)
+    (tmp_path / "away").rename(spool)
+    daemon.wait_for("spool directory is accessible again")
+    pulse.wait(20)
+    assert daemon.stop() == 0
+    assert len(set(daemon.lines)) == len(daemon.lines)
+    words = ["unavailable", "not a regular file", "not a regular file", "no recipients", "unable", "accessible"]
+    assert sorted(word for line in daemon.lines for word in dict.fromkeys(words) if word in line) == sorted(words)
+
+
+# -- the status file, from outside
+
+OF_A_LIVE_SPOOL = """{
+	"%(spool)s/m1": {
+		"From": "Foo Bar \\u003cfoo@example.com\\u003e",
+		"To": [
+			{
+				"Address": "delivered@x.org",
+				"Status": 2,
+				"Attempts": 0,
+				"NextAttempt": "2026-11-24T06:37:24.977808629Z",
+				"Error": ""
+			},
+			{
+				"Address": "deferred@x.org",
+				"Status": 0,
+				"Attempts": 2,
+				"NextAttempt": "2026-11-24T07:39:26.985960084+01:00",
+				"Error": "451 4.7.1 try later"
+			}
+		],
+		"Cc": [
+			{
+				"Address": "inprogress@x.org",
+				"Status": 1,
+				"Attempts": 0,
+				"NextAttempt": "2026-11-24T06:37:24.977808629Z",
+				"Error": ""
+			}
+		],
+		"Bcc": [
+			{
+				"Address": "notyet@x.org",
+				"Status": 0,
+				"Attempts": 1,
+				"NextAttempt": "2999-11-24T06:37:24.977808629Z",
+				"Error": "dial tcp 127.0.0.1:25: connect: connection refused"
+			}
+		],
+		"Attempts": 0,
+		"Enqueued": "2026-11-24T06:37:24.977808629Z"
+	},
+	"%(spool)s/gone": {
+		"From": "foo@example.com",
+		"To": [],
+		"Cc": [],
+		"Bcc": [],
+		"Attempts": 0,
+		"Enqueued": "2026-11-24T06:37:24.977808629Z"
+	}
+}"""
+
+
+def test_a_spool_is_taken_over_from_the_original_and_can_be_given_back(spool, relay, run):
+    put(spool, "m1", mail("delivered@x.org, deferred@x.org", Cc="inprogress@x.org", Bcc="notyet@x.org"))
+    put(spool, "unseen", mail("new@x.org"))
+    (spool / ".spoolgore.js").write_text(OF_A_LIVE_SPOOL % {"spool": spool})
+    relay.recorder.rcpt_replies["inprogress@x.org"] = "450 4.2.0 not now"
+    daemon = run("-smtpaddr", relay.address, "-freq=1", "--attempts=100", "-once")
+    assert daemon.status_code == 75
+    assert sorted(received.recipients for received in relay.mails) == [["deferred@x.org"], ["new@x.org"]]
+    entries = json.loads((spool / ".spoolgore.js").read_text())
+    assert list(entries) == [f"{spool}/m1"]
+    entry = entries[f"{spool}/m1"]
+    assert list(entry) == ["From", "To", "Cc", "Bcc", "Attempts", "Enqueued"]
+    assert (entry["From"], entry["Attempts"]) == ("Foo Bar <foo@example.com>", 0)
+    people = [*entry["To"], *entry["Cc"], *entry["Bcc"]]
+    assert [(person["Status"], person["Attempts"]) for person in people] == [(2, 0), (2, 2), (0, 1), (0, 1)]
+    types = [str, int, int, str, str]
+    assert {tuple(map(type, person.values())) for person in people} == {tuple(types)}
+    assert {tuple(person) for person in people} == {("Address", "Status", "Attempts", "NextAttempt", "Error")}
+    rfc3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)"
+    assert all(re.fullmatch(rfc3339, time) for time in [entry["Enqueued"], *(p["NextAttempt"] for p in people)])
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_corrupt_status_file_is_set_aside_and_said(spool, relay, start, is_running):
+    text = b'{"half": {"From": "a'
+    file = spool / ".spoolgore.js"
+    if not is_running:
+        file.write_bytes(text)
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", relay.address)
+    relay.wait_for(1)
+    if is_running:
+        wait_until(lambda: not names(spool))
+        daemon.send("SIGTSTP")
+        daemon.wait_for("suspended")
+        file.write_bytes(text)
+        daemon.send("SIGHUP")
+    line = daemon.wait_for("corrupt status file")[0]
+    assert daemon.stop() == 0
+    aside = [path for path in spool.iterdir() if ".corrupt-" in path.name]
+    assert [path.read_bytes() for path in aside] == [text]
+    assert re.fullmatch(r"\.spoolgore\.js\.corrupt-\d{8}T\d{6}Z", aside[0].name)
+    assert line.endswith(f": moved to {aside[0]}")
+    assert daemon.status() == {}
+    assert len([line for line in daemon.lines if line.startswith("corrupt status file")]) == 1
+
+
+def test_a_status_file_that_cannot_be_written_is_said_once_and_stops_nobody(spool, tmp_path, relay, start):
+    relay.recorder.rcpt_replies["later@x.org"] = "451 4.7.1 try later"
+    file = tmp_path / "nowhere" / "status.js"
+    daemon = start("-smtpaddr", relay.address, "-json", file)
+    for number in range(3):  # each wants to be on the disk before it goes on
+        put(spool, f"m{number}", mail("a@x.org, later@x.org"))
+        relay.wait_for(number + 1)
+    put(spool, "whole", mail("b@x.org"))
+    wait_until(lambda: names(spool) == ["m0", "m1", "m2"])
+    file.parent.mkdir()
+    wait_until(file.exists)
+    assert daemon.stop() == 0
+    assert len([line for line in daemon.lines if "unable to write status file" in line]) == 1
+    entries = json.loads(file.read_text())
+    assert sorted(entries) == [f"{spool}/m{number}" for number in range(3)]
+    assert {tuple(recipient["Status"] for recipient in entry["To"]) for entry in entries.values()} == {(2, 0)}
+
+
+MALFORMED = {  # an entry that an edit left, and what is said of it
+    "list": ([1, 2], "not an object"),
+    "text": ("x", "not an object"),
+    "null": (None, "not an object"),
+    "to": (envelope_to(To={"Address": "a@x.org"}), "To is not a list"),
+    "bare": (envelope_to("a@x.org"), "a recipient is not an object"),
+    "status": (envelope_to(addressee(status=3)), "a recipient's Status is not 0, 1 or 2"),
+    "words": (envelope_to(addressee(status="done")), "a recipient's Status is missing or of the wrong type"),
+    "time": (envelope_to(addressee(moment="tomorrow")), "not a time: tomorrow"),
+    "half": (envelope_to({"Address": "a@x.org"}), "a recipient's Status is missing or of the wrong type"),
+}
 
 
 # ---------------------------------------------------------- faults of the relay
