@@ -2489,7 +2489,7 @@ class Spooler:
         self.sent = 0
         self.watching = None
         self.suspended = self.stopping = False
-        self.wanted = {"suspend": False, "reload": False, "flush": False}
+        self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
 
     # -- the loop
 
@@ -2524,7 +2524,7 @@ class Spooler:
     def finished(self):
         if self.stopping:
             return True
-        if not self.options.once or not self.next_scan or self.suspended or any(self.wanted.values()):
+        if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
         return not (self.pool or self.turn_is_near() or self.is_due_before(self.once_until))
 
@@ -2576,6 +2576,9 @@ class Spooler:
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         self.close_watch()
+        if self.suspended:  # what was delivered meanwhile is not in the file yet
+            self.take_edit()
+            self.status.thaw()
         self.status.save()
         self.relay.close()
         log.info("stopped (%d messages in the queue)", self.queued())
@@ -2592,7 +2595,7 @@ class Spooler:
     # -- signals: the handlers set a flag, the loop acts
 
     def ask(self, what):
-        self.wanted[what] = True
+        self.wanted.append(what)
         self.wake.set()
 
     def ask_to_stop(self):
@@ -2602,9 +2605,8 @@ class Spooler:
         self.wake.set()
 
     def act_on_signals(self):
-        wanted, self.wanted = self.wanted, dict.fromkeys(self.wanted, False)
-        for what in [what for what, asked in wanted.items() if asked]:
-            getattr(self, what)()
+        while self.wanted:
+            getattr(self, self.wanted.pop(0))()
 
     def suspend(self):
         self.suspended = True
@@ -2619,6 +2621,11 @@ class Spooler:
         self.relay.poke()
 
     def reload(self):
+        self.take_edit()
+        self.queue_again()
+        self.resume()
+
+    def take_edit(self):
         try:
             self.status.reload()
             log.info("status reloaded")
@@ -2626,8 +2633,6 @@ class Spooler:
             set_aside(self.status, error, self.clock())
         except OSError as error:
             log.error("status not reloaded, %s", describe(error))
-        self.queue_again()
-        self.resume()
 
     def flush(self):
         self.queue_again()

@@ -2786,6 +2786,17 @@ def test_sigurg_ends_a_suspension(spool, scripted, start, pulse):
     assert asked_for(relay) == ["a@x.org", "new@x.org", "w@x.org"]
 
 
+def test_a_daemon_that_is_stopped_while_suspended_keeps_the_edit_and_the_deliveries(spool, scripted, start):
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start)
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    edited(daemon)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org"]
+    assert [recipient["Status"] for recipient in daemon.recipients("flying").values()] == [2, 0]
+    assert daemon.recipients("waiting")["w@x.org"]["NextAttempt"] == MOMENT
+
+
 def test_a_reload_sends_nothing_twice(spool, scripted, start):
     """Neither what is in flight, nor what was delivered since the file was written, nor what is gone by then."""
     relay, gate = scripted(), Gate()
@@ -2831,6 +2842,23 @@ def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
     left = len(names(spool))
     assert 0 < left < count and len(relay.mails.items) == count - left
     assert len([line for line in daemon.lines if "successfully" in line]) == count - left
+
+
+@pytest.mark.parametrize("asked, suspended", [
+    (["suspend"], True),
+    (["suspend", "reload"], False),
+    (["reload", "suspend"], True),
+    (["suspend", "flush"], False),
+    (["flush", "suspend", "suspend"], True),
+])  # fmt: skip
+def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
+    options = spoolgore.parse_options(["-smtpaddr", "-", str(spool)])
+    spooler = spoolgore.Spooler(options, spoolgore.Spool(spool), status, spoolgore.Turnstile([], "", lambda: NOW))
+    spooler.relay = spoolgore.Printer(io.BytesIO())
+    for what in asked:
+        spooler.ask(what)
+    spooler.act_on_signals()
+    assert (spooler.suspended, status.thawed.is_set()) == (suspended, not suspended)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
