@@ -77,6 +77,7 @@ if __name__ == "__main__":  # importing the module never patches the importer
 
     monkey.patch_all()
 
+import atexit
 import base64
 import collections
 import contextlib
@@ -3127,6 +3128,22 @@ class LogLine(logging.Formatter):
         return one_line(text)
 
 
+def set_up_streams():
+    """Standard output and error may be closed, or full, or a pipe that nobody reads: that stops nothing."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    atexit.register(empty_streams)
+
+
+def empty_streams():
+    """What cannot be written must not change the exit status (the library reference's note on SIGPIPE)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def set_up_logging(stream):
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LogLine("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
@@ -3190,6 +3207,7 @@ def progress_on_terminal(spooler):
 
 def main(argv):
     """Returns the exit status."""
+    set_up_streams()
     set_up_logging(sys.stderr)
     try:
         options = parse_options(argv)

@@ -2954,6 +2954,29 @@ def test_the_printer(spool):
 AS_A_USER = {"PYTHONUNBUFFERED": ""}  # whatever the tests run under
 
 
+def test_what_cannot_be_printed_waits(spool):
+    put(spool, "m1", mail())
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(SCRIPT), "-once", "-smtpaddr", "-", str(spool)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={**os.environ, **AS_A_USER})
+    assert done.returncode == 75 and names(spool) == ["m1"]
+    entry = next(iter(json.loads((spool / ".spoolgore.js").read_text()).values()))
+    assert entry["To"][0]["Error"] == "No space left on device"
+    assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", ""])
+def test_the_standard_streams_stop_nothing(spool, relay, streams):
+    """Closed, full, or (the last) a pipe that nobody reads."""
+    put(spool, "m1", mail())
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = ["sh", "-c", f'exec "$0" "$@" {streams}', sys.executable, str(SCRIPT), "-once", "-smtpaddr"]
+    done = subprocess.run([*command, relay.address, str(spool)], stderr=write_end, env={**os.environ, **AS_A_USER})
+    os.close(write_end)
+    assert done.returncode == 0 and len(relay.mails) == 1 and names(spool) == []
+
+
 def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, start):
     replies = relay.recorder.rcpt_replies
     replies["later@x.org"] = "451-4.7.1 try\r\n451 4.7.1 later"
