@@ -1113,8 +1113,13 @@ class Spool:
     def __init__(self, directory, status_path=""):
         self.directory = os.path.abspath(directory)
         self.failed = os.path.join(self.directory, ".failed")
-        self.status_path = os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js"))
+        self.status_path = self.here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self._lock = None
+
+    def here(self, path):
+        """The path by the name that the spool was given, if it leads there by another."""
+        parent, name = os.path.split(path)
+        return self.path(name) if os.path.realpath(parent) == os.path.realpath(self.directory) else path
 
     def path(self, name):
         return os.path.join(self.directory, name)

@@ -3153,6 +3153,29 @@ def test_a_status_file_that_cannot_be_written_is_said_once_and_stops_nobody(spoo
     assert {tuple(recipient["Status"] for recipient in entry["To"]) for entry in entries.values()} == {(2, 0)}
 
 
+@pytest.mark.parametrize("directory, way", [
+    ("spool", "spool/status.json"),
+    ("spool", "spool/../spool/sub/../status.json"),
+    ("spool", "link/status.json"),
+    ("link", "spool/status.json"),
+])  # fmt: skip
+def test_a_status_file_in_the_spool_is_never_a_mail(spool, tmp_path, relay, start, way, directory):
+    (tmp_path / "link").symlink_to("spool")
+    (spool / "sub").mkdir()
+    relay.recorder.rcpt_replies["later@x.org"] = "451 4.7.1 try later"
+    flags = ("-smtpaddr", relay.address, "-freq", 0, "-json", way)
+    daemon = start(*flags, directory=directory, cwd=tmp_path, python=lacking("inotify"))
+    put(spool, "m0", mail("a@x.org, later@x.org"))
+    wait_until((spool / "status.json").exists)
+    for number in (1, 2):  # each is found by a scan
+        put(spool, f"m{number}", mail())
+        relay.wait_for(number + 1)
+    assert daemon.stop() == 0
+    assert list(json.loads((spool / "status.json").read_text())) == [f"{tmp_path}/{directory}/m0"]
+    assert not [line for line in daemon.lines if "status.json" in line]
+    assert names(spool) == ["m0", "status.json", "sub"]
+
+
 MALFORMED = {  # an entry that an edit left, and what is said of it
     "list": ([1, 2], "not an object"),
     "text": ("x", "not an object"),
