@@ -2861,8 +2861,8 @@ class Spooler:
     def hold(self, path, seen, reason):
         """The mail stays where it is, and its entry says why."""
         self.ignore(path, seen, reason)
-        envelope = self.status.take(path) if path in self.status else new_envelope(None, self.clock())
-        if isinstance(envelope, dict):
+        envelope = self.status.peek(path) if path in self.status else new_envelope(None, self.clock())
+        if isinstance(envelope, dict):  # an edit may have made anything of it
             self.status.put(path, unusable(envelope, reason))
 
     def open_mail(self, mail, seen):

@@ -3189,6 +3189,34 @@ MALFORMED = {  # an entry that an edit left, and what is said of it
 }
 
 
+def test_malformed_entries_hold_their_mails_and_stop_nobody(spool, relay, start, pulse):
+    for name in MALFORMED:
+        put(spool, name, mail("a@x.org"))
+    put(spool, "garbage", "garbage\n")
+    put(spool, "fine", mail("fine@x.org"))
+    entries = {name: entry for name, (entry, _) in MALFORMED.items()}
+    entries["garbage"] = [1]
+    write_entries(spool, entries)
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, env=pulse.env)
+    relay.wait_for(1)
+    daemon.wait_for("is held", len(MALFORMED))
+    daemon.wait_for("garbage unable to parse")
+    pulse.wait()
+    held = sorted(line for line in daemon.lines if "is held" in line)
+    why = "is held, its entry in the status file is malformed"
+    assert held == sorted(f"{spool}/{name} {why}: {reason}" for name, (_, reason) in MALFORMED.items())
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    assert daemon.status() == entries  # nothing of them is lost
+    write_entries(spool, {name: envelope_to(addressee(f"{name}@x.org")) for name in MALFORMED})
+    daemon.send("SIGHUP")
+    relay.wait_for(len(MALFORMED) + 1)
+    wait_until(lambda: names(spool) == ["garbage"])
+    assert daemon.stop() == 0
+    assert daemon.status() == {"garbage": [1]}
+    assert asked_for(relay.recorder) == sorted(f"{name}@x.org" for name in [*MALFORMED, "fine"])
+
+
 # ---------------------------------------------------------- faults of the relay
 
 
