@@ -1195,9 +1195,10 @@ class Spool:
 
     def unchanged(self, mail):
         """Whether the path still names the file that was claimed, with the same content."""
-        with contextlib.suppress(OSError):
+        try:
             return identity(os.lstat(mail.path)) == mail.identity
-        return False
+        except OSError:  # the whole directory may be away, and come back with it
+            return not self.still_locked()
 
     def names(self, mail):
         """Every name that the mail's file has in the spool: one mail, however many links it has."""

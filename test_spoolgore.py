@@ -2645,6 +2645,27 @@ def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, sta
     assert (names(spool), given_up(spool), daemon.status()) == ([], [], {})
 
 
+@pytest.mark.parametrize("is_loop", [False, True])
+def test_a_spool_that_is_away_at_the_end_of_a_transaction(spool, tmp_path, scripted, start, is_loop):
+    """The file is not gone because it cannot be seen."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    gate.wait()
+    spool.rename(tmp_path / "away")
+    if is_loop:
+        spool.symlink_to(spool.name)
+    gate.opened.set()
+    daemon.wait_for("unable to remove mails that are settled")
+    if is_loop:
+        spool.unlink()
+    (tmp_path / "away").rename(spool)
+    assert daemon.stop() == 0 and names(spool) == ["m1"]
+    daemon = start("-smtpaddr", relay.address, "-once", wait=False)
+    assert daemon.wait() == 0 and names(spool) == [] and len(relay.mails.items) == 1
+
+
 def test_a_mail_that_is_removed_while_it_waits_is_forgotten(spool, relay, start):
     put(spool, "m1", mail("a@x.org, b@x.org"))
     waiting = addressee("b@x.org", attempts=1, moment="2999-01-01T00:00:00Z")
