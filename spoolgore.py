@@ -76,6 +76,7 @@ if __name__ == "__main__":  # importing the module never patches the importer
 
     monkey.patch_all()
 
+import atexit
 import base64
 import collections
 import contextlib
@@ -1133,8 +1134,13 @@ class Spool:
     def __init__(self, directory, status_path=""):
         self.directory = os.path.abspath(directory)
         self.failed = os.path.join(self.directory, ".failed")
-        self.status_path = os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js"))
+        self.status_path = self.here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self._lock = None
+
+    def here(self, path):
+        """The path by the name that the spool was given, if it leads there by another."""
+        parent, name = os.path.split(path)
+        return self.path(name) if os.path.realpath(parent) == os.path.realpath(self.directory) else path
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -1216,9 +1222,10 @@ class Spool:
 
     def unchanged(self, mail):
         """Whether the path still names the file that was claimed, with the same content."""
-        with contextlib.suppress(OSError):
+        try:
             return identity(os.lstat(mail.path)) == mail.identity
-        return False
+        except OSError:  # the whole directory may be away, and come back with it
+            return not self.still_locked()
 
     def names(self, mail):
         """Every name that the mail's file has in the spool: one mail, however many links it has."""
@@ -2539,7 +2546,7 @@ class Spooler:
         self.sent = 0
         self.watching = None
         self.suspended = self.stopping = False
-        self.wanted = {"suspend": False, "reload": False, "flush": False}
+        self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
 
     # -- the loop
 
@@ -2574,7 +2581,7 @@ class Spooler:
     def finished(self):
         if self.stopping:
             return True
-        if not self.options.once or not self.next_scan or self.suspended or any(self.wanted.values()):
+        if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
         return not (self.pool or self.turn_is_near() or self.is_due_before(self.once_until))
 
@@ -2626,8 +2633,8 @@ class Spooler:
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         self.close_watch()
-        if self.suspended and self.status.wanted.is_set():  # what was delivered since, and what was edited
-            self.read_status_again()
+        if self.suspended:  # what was delivered meanwhile is not in the file yet
+            self.take_edit()
             self.status.thaw()
         self.status.save()
         self.relay.close()
@@ -2645,7 +2652,7 @@ class Spooler:
     # -- signals: the handlers set a flag, the loop acts
 
     def ask(self, what):
-        self.wanted[what] = True
+        self.wanted.append(what)
         self.wake.set()
 
     def ask_to_stop(self):
@@ -2655,9 +2662,8 @@ class Spooler:
         self.wake.set()
 
     def act_on_signals(self):
-        wanted, self.wanted = self.wanted, dict.fromkeys(self.wanted, False)
-        for what in [what for what, asked in wanted.items() if asked]:
-            getattr(self, what)()
+        while self.wanted:
+            getattr(self, self.wanted.pop(0))()
 
     def suspend(self):
         self.suspended = True
@@ -2672,11 +2678,11 @@ class Spooler:
         self.relay.poke()
 
     def reload(self):
-        self.read_status_again()
+        self.take_edit()
         self.queue_again()
         self.resume()
 
-    def read_status_again(self):
+    def take_edit(self):
         try:
             self.status.reload()
             log.info("status reloaded")
@@ -2906,8 +2912,8 @@ class Spooler:
     def hold(self, path, seen, reason):
         """The mail stays where it is, and its entry says why."""
         self.ignore(path, seen, reason)
-        envelope = self.status.take(path) if path in self.status else new_envelope(None, self.clock())
-        if isinstance(envelope, dict):
+        envelope = self.status.peek(path) if path in self.status else new_envelope(None, self.clock())
+        if isinstance(envelope, dict):  # an edit may have made anything of it
             self.status.put(path, unusable(envelope, reason))
 
     def open_mail(self, mail, seen):
@@ -3064,14 +3070,14 @@ class Spooler:
     def settle(self, mail, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
         path = mail.path
-        if not is_settled(envelope):
+        if not self.spool.unchanged(mail):
+            self.replaced(path)
+        elif not is_settled(envelope):
             self.status.commit_deliveries(path)
             if relay_down and self.relay.down:
                 self.held.append(path)
             else:
                 self.later(path, next_attempt(envelope))
-        elif not self.spool.unchanged(mail):
-            self.replaced(path)
         elif has_failed(envelope):
             self.put_aside(mail)
         else:
@@ -3186,6 +3192,22 @@ class LogLine(logging.Formatter):
         return one_line(text)
 
 
+def set_up_streams():
+    """Standard output and error may be closed, or full, or a pipe that nobody reads: that stops nothing."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    atexit.register(empty_streams)
+
+
+def empty_streams():
+    """What cannot be written must not change the exit status (the library reference's note on SIGPIPE)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def set_up_logging(stream):
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LogLine("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
@@ -3249,6 +3271,7 @@ def progress_on_terminal(spooler):
 
 def main(argv):
     """Returns the exit status."""
+    set_up_streams()
     set_up_logging(sys.stderr)
     try:
         options = parse_options(argv)

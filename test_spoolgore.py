@@ -172,8 +172,11 @@ class Recorder:
         self.mails = Collector()
         self.rcpt_replies = {}  # address -> reply, or a list of replies for one time each
         self.data_reply = "250 2.0.0 taken"
+        self.most, self.too_many_reply = math.inf, ""  # recipients of one transaction, and what the next one gets
 
     async def handle_RCPT(self, server, session, envelope, address, options):
+        if len(envelope.rcpt_tos) >= self.most:
+            return self.too_many_reply
         reply = self.rcpt_replies.get(address, "250 2.1.5 fine")
         if isinstance(reply, list):
             reply = reply.pop(0) if reply else "250 2.1.5 fine"
@@ -363,12 +366,15 @@ class Conversation:
         self.unread = bytearray()
         self.ended = threading.Event()
         self.replies = {}
+        self.sender, self.recipients, self.content = None, [], b""
 
     def run(self):
-        with contextlib.suppress(OSError, EOFError):
-            self.relay.serve(self)
-        self.close()
-        self.ended.set()
+        try:
+            with contextlib.suppress(OSError, EOFError):
+                self.relay.serve(self)
+        finally:
+            self.close()
+            self.ended.set()
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -461,16 +467,22 @@ class Conversation:
         self.send(b"250 2.1.0 fine\r\n")
 
     def on_RCPT(self, line):
+        if self.sender is None:
+            return self.send(b"503 5.5.1 MAIL first\r\n")
         self.recipients.append(path_of(line))
-        self.send(b"250 2.1.5 fine\r\n")
+        return self.send(b"250 2.1.5 fine\r\n")
 
     def on_DATA(self, line):
+        if not self.recipients:
+            return self.send(b"554 5.5.1 no valid recipients\r\n")
         self.send(b"354 go ahead\r\n")
-        self.take(self.data())
+        return self.take(self.data())
 
     def on_BDAT(self, line):
         self.content += self.read(int(line.split()[1]))
-        if line.upper().endswith(b" LAST"):
+        if not self.recipients:
+            self.send(b"554 5.5.1 no valid recipients\r\n")
+        elif line.upper().endswith(b" LAST"):
             self.take(self.content)
         else:
             self.send(b"250 2.0.0 fine\r\n")
@@ -478,6 +490,11 @@ class Conversation:
     def take(self, content):
         self.relay.mails.add(Received(self.sender, self.recipients, content))
         self.send(b"250 2.0.0 taken\r\n")
+        self.on_RSET(b"RSET", b"")
+
+    def on_RSET(self, line, reply=b"250 2.0.0 fine\r\n"):
+        self.sender, self.recipients, self.content = None, [], b""
+        self.send(reply)
 
     def on_QUIT(self, line):
         self.send(b"221 2.0.0 bye\r\n")
@@ -2344,7 +2361,910 @@ def test_when_progress_has_the_next_word():
 # ---------------------------------------------------- delivery, retry, given up
 
 
+def write_entries(spool, entries):
+    """A status file from a dict from file name to entry."""
+    text = json.dumps({str(Path(spool) / name): entry for name, entry in entries.items()})
+    (Path(spool) / ".spoolgore.js").write_text(text)
+
+
+def due_in(recipient, moment):
+    """Seconds from the moment until a recipient of the status file is due."""
+    return spoolgore.parse_time(recipient["NextAttempt"]) - moment
+
+
+def given_up(spool):
+    return sorted(os.listdir(spool / ".failed")) if (spool / ".failed").exists() else []
+
+
+def test_each_recipients_own_reply_decides(spool, relay, run):
+    relay.recorder.rcpt_replies["later@x.org"] = ["451 4.7.1 try later"]
+    put(spool, "m1", mail("a@x.org, later@x.org", Cc="b@x.org", Bcc="c@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75
+    assert [received.recipients for received in relay.mails] == [["a@x.org", "b@x.org", "c@x.org"]]
+    states = {address: (r["Status"], r["Attempts"], r["Error"]) for address, r in daemon.recipients("m1").items()}
+    done = (2, 0, "")
+    assert states == {"a@x.org": done, "b@x.org": done, "c@x.org": done, "later@x.org": (0, 1, "451 4.7.1 try later")}
+    entry = daemon.status()["m1"]
+    entry["To"][1]["NextAttempt"] = MOMENT
+    write_entries(spool, {"m1": entry})
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert [received.recipients for received in relay.mails[1:]] == [["later@x.org"]]
+    assert names(spool) == [] and daemon.status() == {}
+
+
+@pytest.mark.parametrize("reply", ["452 4.5.3 too many recipients", "552 too many recipients"])
+def test_a_relay_that_takes_few_recipients_gets_the_rest_at_once(spool, relay, run, reply):
+    relay.recorder.most, relay.recorder.too_many_reply = 3, reply
+    addresses = [f"u{number}@x.org" for number in range(8)]
+    put(spool, "m1", mail(", ".join(addresses)))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 0
+    assert [received.recipients for received in relay.mails] == [addresses[:3], addresses[3:6], addresses[6:]]
+    assert {line.rpartition(" ")[2] for line in daemon.lines if "attempt:" in line} == {"0"}
+
+
+def test_too_many_recipients_is_an_error_when_not_even_one_is_taken(spool, relay, run):
+    relay.recorder.most, relay.recorder.too_many_reply = 0, "452 4.5.3 too many recipients"
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75
+    assert {recipient["Attempts"] for recipient in daemon.recipients("m1").values()} == {1}
+
+
+def test_a_full_mailbox_is_not_too_many_recipients(spool, relay, run):
+    relay.recorder.rcpt_replies["full@x.org"] = "452 4.2.2 mailbox full"
+    put(spool, "m1", mail("a@x.org, full@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.recipients("m1")["full@x.org"]["Attempts"] == 1
+    assert len([line for line in daemon.lines if "sending mail to full@x.org" in line]) == 1
+
+
+STAGES = {  # where the relay says no -> the verb it says it to
+    "sender": {"MAIL": b"%s sender refused\r\n"},
+    "recipient": {"RCPT": b"%s recipient refused\r\n"},
+    "data": {"DATA": b"%s no data please\r\n"},
+}
+
+
+@pytest.mark.parametrize("stage, extensions", [
+    ("sender", ("PIPELINING",)),
+    ("recipient", ()),
+    ("recipient", ("PIPELINING",)),
+    ("data", ("PIPELINING",)),
+    ("data", ("PIPELINING", "CHUNKING")),
+])  # fmt: skip
+def test_retry_grows_by_a_minute_an_attempt_on_any_error(spool, scripted, run, stage, extensions):
+    relay = scripted(extensions)
+    codes = itertools.cycle([b"451", b"550"])
+    template = STAGES[stage]
+    relay.replies = {("BDAT" if verb == "DATA" and "CHUNKING" in extensions else verb): None for verb in template}
+    waits = {0: 1, 1: 2, 28: 29, 29: 30, 30: 30, 97: 30}  # failed attempts so far -> minutes until the next
+    for attempts in waits:
+        put(spool, f"m{attempts}", mail("a@x.org"))
+    write_entries(spool, {f"m{n}": envelope_to(addressee("a@x.org", attempts=n)) for n in waits})
+
+    def refuse(conversation):
+        def reply(line):
+            if line.startswith(b"BDAT"):
+                conversation.read(int(line.split()[1]))
+            return next(iter(template.values())) % next(codes)
+
+        conversation.replies = dict.fromkeys(relay.replies, reply)
+        conversation.serve()
+
+    relay.serve = refuse
+    before = time.time()
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and relay.mails.items == []
+    errors = set()
+    for attempts, minutes in waits.items():
+        recipient = daemon.recipients(f"m{attempts}")["a@x.org"]
+        assert (recipient["Status"], recipient["Attempts"]) == (0, attempts + 1)
+        assert 60 * minutes <= due_in(recipient, before) < 60 * minutes + PATIENCE
+        errors.add(recipient["Error"])
+    text = next(iter(template.values())).decode().strip()
+    assert errors == {text % "451", text % "550"}
+
+
+def test_nobody_is_asked_before_the_time_has_come(spool, scripted, start):
+    relay = scripted()
+    soon, late = (spoolgore.format_time(time.time() + seconds) for seconds in (1.5, 3600))
+    put(spool, "m1", mail("a@x.org, c@x.org"))
+    put(spool, "m2", mail("b@x.org"))
+    m1 = envelope_to(addressee("a@x.org", moment=soon), addressee("c@x.org", moment=late))
+    write_entries(spool, {"m1": m1, "m2": envelope_to(addressee(moment=late))})
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    relay.wait_for(1)
+    assert time.time() >= spoolgore.parse_time(soon)
+    daemon.wait_for_recipient("m1", "a@x.org", Status=2)
+    assert daemon.stop() == 0
+    assert [received.recipients for received in relay.mails.items] == [["a@x.org"]]
+    assert names(spool) == ["m1", "m2"]
+
+
+def test_given_up_after_the_last_attempt_and_only_then(spool, relay, run):
+    replies = relay.recorder.rcpt_replies
+    replies.update({"never@x.org": "550 5.1.1 no such user", "later@x.org": "451 4.7.1 try later"})
+    put(spool, "m1", text := mail("a@x.org, never@x.org"))
+    put(spool, "m2", mail("never@x.org, later@x.org"))
+    m2 = envelope_to(addressee("never@x.org", attempts=2), addressee("later@x.org", attempts=1))
+    write_entries(spool, {"m1": envelope_to(addressee(), addressee("never@x.org", attempts=2)), "m2": m2})
+    daemon = run("-once", "-smtpaddr", relay.address, "-attempts", 3)
+    assert daemon.status_code == 75
+    m1, aside = spool / "m1", spool / ".failed" / "m1"
+    assert (names(spool), given_up(spool)) == (["m2"], ["m1"])  # m2 has somebody who waits
+    assert aside.read_text() == text and stat.S_IMODE(aside.parent.stat().st_mode) == 0o700
+    entries = json.loads((spool / ".spoolgore.js").read_text())
+    assert sorted(entries) == [str(aside), str(spool / "m2")]
+    states = [(r["Status"], r["Attempts"], r["Error"]) for r in entries[str(aside)]["To"]]
+    assert states == [(2, 0, ""), (2, 3, "550 5.1.1 no such user")]
+    states = [(r["Status"], r["Attempts"], r["Error"]) for r in entries[str(spool / "m2")]["To"]]
+    assert states == [(2, 3, "550 5.1.1 no such user"), (0, 2, "451 4.7.1 try later")]
+    of_m1 = [line for line in daemon.lines if line.startswith(f"{m1} ") and ("never" in line or "moved" in line)]
+    assert of_m1 == [
+        f"{m1} sending mail to never@x.org attempt: 2",
+        f"{m1} SMTP error, mail to never@x.org 550 5.1.1 no such user",
+        f"{m1} max SMTP attempts reached for never@x.org ... giving up",
+        f"{m1} moved to {aside}",
+    ]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_mail_that_is_moved_back_goes_to_those_who_failed(spool, relay, start, is_running):
+    replies = relay.recorder.rcpt_replies
+    replies["never@x.org"] = replies["no@x.org"] = "550 5.1.1 no such user"
+    put(spool, "m1", mail("a@x.org, never@x.org", Bcc="no@x.org"))
+    flags = ("-smtpaddr", relay.address, "-attempts", 1)
+    daemon = start(*flags)
+    wait_until(lambda: given_up(spool) == ["m1"])
+    assert is_running or daemon.stop() == 0
+    del replies["never@x.org"]
+    replies["no@x.org"] = "451 4.7.1 try later"
+    (spool / ".failed" / "m1").rename(spool / "m1")
+    daemon = daemon if is_running else start(*flags)
+    wait_until(lambda: given_up(spool) == ["m1"] and len(relay.mails) == 2, "given up again, for one of them")
+    del replies["no@x.org"]
+    (spool / ".failed" / "m1").rename(spool / "m1")
+    relay.wait_for(3)
+    assert [received.recipients for received in relay.mails] == [["a@x.org"], ["never@x.org"], ["no@x.org"]]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0
+    assert given_up(spool) == [] and daemon.status() == {}
+    attempts = [line for line in daemon.lines if "no@x.org attempt:" in line]
+    assert {line.rpartition(" ")[2] for line in attempts} == {"0"}  # a fresh start each time
+
+
+def test_mails_of_one_name_are_given_up_beside_each_other(spool, relay, start):
+    relay.recorder.rcpt_replies.update({f"{name}@x.org": "550 5.1.1 no such user" for name in ("a", "b")})
+    daemon = start("-smtpaddr", relay.address, "-attempts", 1)
+    put(spool, "m1", mail("a@x.org"))
+    wait_until(lambda: given_up(spool) == ["m1"])
+    put(spool, "m1", mail("b@x.org"))
+    wait_until(lambda: given_up(spool) == ["m1", "m1.1"])
+    assert b"To: a@x.org" in (spool / ".failed" / "m1").read_bytes()
+    relay.recorder.rcpt_replies.clear()
+    (spool / ".failed" / "m1.1").rename(spool / "m1.1")
+    assert relay.wait_for(1)[0].recipients == ["b@x.org"]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0
+    assert list(daemon.status()) == ["m1"] and given_up(spool) == ["m1"]
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA"])
+def test_fail5xx_gives_up_at_the_first_permanent_reply(spool, scripted, run, verb):
+    relay = scripted()
+    put(spool, "m1", mail("a@x.org"))
+    relay.replies = {verb: b"450 4.7.0 not now\r\n"}
+    flags = ("-once", "-fail5xx", "-smtpaddr", relay.address)
+    daemon = run(*flags)
+    assert daemon.recipients("m1")["a@x.org"]["Status"] == 0
+    write_entries(spool, {})
+    relay.replies = {verb: b"550 5.7.1 never\r\n"}
+    assert run(*flags).status_code == 0
+    assert (names(spool), given_up(spool)) == ([], ["m1"])
+    assert daemon.recipients("m1")["a@x.org"]["Error"] == "550 5.7.1 never"
+
+
+RELAYS_OWN = {  # a 5xx reply that says nothing about any mail -> extensions, replies, flags
+    "greeting": ((), {}, ()),
+    "EHLO": ((), {"EHLO": b"550 no\r\n", "HELO": b"550 5.7.0 go away\r\n"}, ()),
+    "STARTTLS": (("STARTTLS",), {"STAR": b"554 5.7.0 go away\r\n"}, ()),
+    "AUTH": (("AUTH PLAIN",), {"AUTH": b"535 5.7.0 go away\r\n"}, ("-smtpuser", "u", "-smtppassword", "p")),
+}
+
+
+@pytest.mark.parametrize("stage", RELAYS_OWN)
+def test_fail5xx_is_not_for_what_is_the_relays_own(spool, scripted, run, stage):
+    extensions, replies, flags = RELAYS_OWN[stage]
+    relay = scripted(extensions)
+    relay.replies = replies
+    if stage == "greeting":
+        relay.serve = lambda conversation: (conversation.greet(b"554 5.7.0 go away\r\n"), conversation.flush())
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-fail5xx", "-attempts", 1, *flags, "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and names(spool) == ["m1"] and given_up(spool) == []
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert recipient["Error"].endswith("5.7.0 go away")
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("garbage no header\n", 'unable to parse mail file, malformed MIME header: missing colon: "garbage no header"'),
+    (mail(None), "has no recipients"),
+    (mail("undisclosed-recipients:;", Bcc=""), "has no recipients"),
+])  # fmt: skip
+def test_what_cannot_be_sent_stays_is_said_once_and_goes_when_it_is_mended(spool, relay, start, text, reason):
+    put(spool, "m1", text)
+    put(spool, "m2", text)
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, python=lacking("inotify"))
+    for number in range(3):  # each is found by a scan
+        put(spool, f"other{number}", mail())
+        relay.wait_for(number + 1)
+    assert [line for line in daemon.lines if "/m1 " in line] == [f"{spool}/m1 {reason}"]
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    entry = daemon.status()["m1"]
+    assert entry["Error"] == reason and entry["To"] == entry["Cc"] == entry["Bcc"] == []
+    assert (spool / "m1").read_text() == text
+    daemon.send("SIGURG")
+    put(spool, "m1", mail("mended1@x.org"))
+    (spool / "m2").write_text(mail("mended2@x.org"))  # in place
+    mended = [received.recipients for received in relay.wait_for(5)[3:]]
+    assert sorted(mended) == [["mended1@x.org"], ["mended2@x.org"]]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and daemon.status() == {}
+
+
+def test_a_mended_mail_goes_at_once(spool, relay, start):
+    put(spool, "m1", "garbage\n")
+    put(spool, "m2", mail(None))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    daemon.wait_for("m1 unable to parse")
+    daemon.wait_for("m2 has no recipients")
+    put(spool, "m1", mail("a@x.org"))
+    (spool / "m2").write_text(mail("b@x.org"))
+    assert sorted(received.recipients for received in relay.wait_for(2)) == [["a@x.org"], ["b@x.org"]]
+
+
+class Gate:
+    """A reply of a ScriptedRelay that is held until the gate is opened; then it is the usual one."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, line):
+        self.reached.set()
+        assert self.opened.wait(PATIENCE)
+
+    def wait(self):
+        assert self.reached.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("reply", [None, b"451 4.3.0 later\r\n", b"550 5.1.1 no such user\r\n"])
+@pytest.mark.parametrize("replacement", [None, "another@x.org"])
+def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, start, reply, replacement):
+    """Whatever the relay says then: what is there now is another mail, with no past."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: reply if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-fail5xx")
+    gate.wait()
+    if replacement:
+        put(spool, "m1", mail(replacement))
+    else:
+        (spool / "m1").unlink()
+    gate.opened.set()
+    expected = [["a@x.org"]] * (reply is None) + [[replacement]] * bool(replacement)
+    if replacement:
+        relay.wait_for(len(expected))
+        wait_until(lambda: names(spool) == [])
+    else:
+        daemon.wait_for("m1 successfully sent" if reply is None else "m1 SMTP error")
+    assert daemon.stop() == 0
+    assert [received.recipients for received in relay.mails.items] == expected
+    assert (names(spool), given_up(spool), daemon.status()) == ([], [], {})
+
+
+@pytest.mark.parametrize("is_loop", [False, True])
+def test_a_spool_that_is_away_at_the_end_of_a_transaction(spool, tmp_path, scripted, start, is_loop):
+    """The file is not gone because it cannot be seen."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    gate.wait()
+    spool.rename(tmp_path / "away")
+    if is_loop:
+        spool.symlink_to(spool.name)
+    gate.opened.set()
+    daemon.wait_for("unable to remove mails that are settled")
+    if is_loop:
+        spool.unlink()
+    (tmp_path / "away").rename(spool)
+    assert daemon.stop() == 0 and names(spool) == ["m1"]
+    daemon = start("-smtpaddr", relay.address, "-once", wait=False)
+    assert daemon.wait() == 0 and names(spool) == [] and len(relay.mails.items) == 1
+
+
+def test_a_mail_that_is_removed_while_it_waits_is_forgotten(spool, relay, start):
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    waiting = addressee("b@x.org", attempts=1, moment="2999-01-01T00:00:00Z")
+    write_entries(spool, {"m1": envelope_to(addressee("a@x.org", status=2), waiting)})
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    (spool / "m1").unlink()
+    wait_until(lambda: daemon.status() == {})
+    put(spool, "m1", mail("a@x.org, b@x.org"))  # a new one of the same name is new
+    assert relay.wait_for(1)[0].recipients == ["a@x.org", "b@x.org"]
+
+
 # ----------------------------------------- signals, -once, the printer, the log
+
+
+class Pulse:
+    """Rounds of a daemon's loop, by the signs of life that it gives to a service manager: for what must not happen."""
+
+    def __init__(self, path):
+        self.said = Collector()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.env = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "40000"}
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):
+            while text := self.socket.recv(4096):
+                self.said.add(text.decode())
+
+    def wait(self, rounds=10):
+        beats = self.said.items.count("WATCHDOG=1")
+        self.said.wait_for(beats + rounds, lambda text: text == "WATCHDOG=1")
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+@pytest.fixture
+def pulse(tmp_path):
+    beats = Pulse(tmp_path / "notify")
+    yield beats
+    beats.close()
+
+
+FAR = "2999-01-01T00:00:00Z"
+
+
+def changed(old, new):
+    """For Daemon's python argument: the script with one of its figures changed."""
+    code = "import sys; name = sys.argv[1]; del sys.argv[0]; text = open(name).read(); assert {0!r} in text; "
+    code += "__file__ = name; exec(compile(text.replace({0!r}, {1!r}), name, 'exec'))"
+    return sys.executable, "-c", code.format(old, new)
+
+
+def asked_for(relay):
+    """Every recipient that a relay took, sorted."""
+    return sorted(address for received in relay.mails.items for address in received.recipients)
+
+
+def test_sigurg_sends_what_waits(spool, scripted, start):
+    relay = scripted()
+    for name in ("m1", "m2"):
+        put(spool, name, mail("a@x.org, b@x.org"))
+    waiting = envelope_to(addressee("a@x.org", status=2), addressee("b@x.org", attempts=40, moment=FAR))
+    write_entries(spool, {"m1": waiting, "m2": waiting})
+    daemon = start("-smtpaddr", relay.address)
+    daemon.send("SIGURG")
+    assert daemon.wait_for("flushed")[0][20:] == "spool directory flushed (2 messages in the queue)"
+    relay.wait_for(2)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["b@x.org", "b@x.org"]
+
+
+def suspended_in_mid_transaction(spool, scripted, start, **options):
+    """A daemon that was suspended while a mail is in flight: a@x.org is taken then, later@x.org is deferred, and
+    rest@x.org must come in another transaction."""
+    relay, gate = scripted(), Gate()
+    errors = {b"<later@x.org>": [b"451 4.7.1 try later\r\n"] * 9, b"<rest@x.org>": [b"452 4.5.3 enough\r\n"]}
+
+    def refuse(line):
+        left = errors.get(line.partition(b":")[2])
+        return left.pop() if left else None
+
+    relay.replies = {"MAIL": lambda line: gate(line) if b"<flying@" in line else None, "RCPT": refuse}
+    put(spool, "flying", mail("a@x.org, later@x.org, rest@x.org", sender="flying@x.org"))
+    put(spool, "waiting", mail("done@x.org, w@x.org"))
+    waiting = envelope_to(addressee("done@x.org", status=2), addressee("w@x.org", moment=FAR))
+    write_entries(spool, {"waiting": waiting})
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, **options)
+    gate.wait()
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
+    return daemon, relay, gate
+
+
+def snapshot(path):
+    status = path.stat()
+    return path.read_bytes(), status.st_mtime_ns, status.st_ino
+
+
+def edited(daemon):
+    """Edit the status file: w@x.org is due, and nobody has got anything of the mail that is in flight."""
+    entries = daemon.status()
+    entries["waiting"]["To"][1]["NextAttempt"] = MOMENT
+    for recipient in entries["flying"]["To"]:
+        assert recipient["Status"] == 1
+        recipient.update(Status=0, NextAttempt=FAR)
+    write_entries(daemon.spool, entries)
+
+
+def test_a_suspension_lasts_and_an_edit_takes_effect_at_its_end(spool, scripted, start, pulse):
+    hasty = changed("SAVE_SECONDS = 1 ", "SAVE_SECONDS = 0.01 ")  # it would write at once, if it could
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env, python=hasty)
+    file = spool / ".spoolgore.js"
+    before = snapshot(file)
+    put(spool, "new", mail("new@x.org"))
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    pulse.wait()
+    assert snapshot(file) == before and names(spool) == ["flying", "new", "waiting"]
+    edited(daemon)
+    before = snapshot(file)
+    pulse.wait()
+    assert snapshot(file) == before and asked_for(relay) == ["a@x.org"]
+    daemon.send("SIGHUP")
+    daemon.wait_for("status reloaded")
+    relay.wait_for(3)
+    wait_until(lambda: names(spool) == ["flying"])
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "new@x.org", "w@x.org"]
+    left = daemon.recipients("flying")
+    assert (left["a@x.org"]["Status"], left["later@x.org"]["NextAttempt"]) == (2, FAR)
+
+
+def test_sigurg_ends_a_suspension(spool, scripted, start, pulse):
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env)
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    put(spool, "new", mail("new@x.org"))
+    pulse.wait()
+    assert asked_for(relay) == ["a@x.org"]
+    daemon.send("SIGURG")
+    relay.wait_for(4)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "new@x.org", "rest@x.org", "w@x.org"]
+
+
+def test_a_daemon_that_is_stopped_while_suspended_keeps_the_edit_and_the_deliveries(spool, scripted, start):
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start)
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    edited(daemon)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org"]
+    assert [recipient["Status"] for recipient in daemon.recipients("flying").values()] == [2, 0, 0]
+    assert daemon.recipients("waiting")["w@x.org"]["NextAttempt"] == MOMENT
+
+
+def test_a_reload_sends_nothing_twice(spool, scripted, start):
+    """Neither what is in flight, nor what was delivered since the file was written, nor what is gone by then."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {
+        "MAIL": lambda line: gate(line) if b"<flying@" in line else None,
+        "RCPT": lambda line: b"451 4.7.1 try later\r\n" if b"<later@" in line else None,
+    }
+    for name in ("flying", "partly", "whole"):
+        put(spool, name, mail("a@x.org, later@x.org" if name == "partly" else "b@x.org", sender=f"{name}@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    gate.wait()
+    daemon.wait_for("partly SMTP error, mail to later@x.org")
+    wait_until(lambda: names(spool) == ["flying", "partly"])
+    flying, partly = envelope_to(addressee("b@x.org")), envelope_to(addressee("a@x.org"), addressee("later@x.org"))
+    wait_until(lambda: daemon.recipients("partly").get("a@x.org", {}).get("Status") == 2)
+    partly["To"][0]["Status"] = 2
+    write_entries(spool, {"flying": flying, "partly": partly, "whole": flying})
+    for number in range(3):
+        daemon.send("SIGHUP")
+        daemon.wait_for("status reloaded", number + 1)
+    gate.opened.set()
+    relay.wait_for(3)
+    wait_until(lambda: names(spool) == ["partly"])
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "b@x.org", "b@x.org"]
+    assert list(daemon.status()) == ["partly"]
+
+
+def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
+    relay, count = scripted(), 5000
+    text = mail().encode()
+    for number in range(count):
+        (spool / f"m{number}").write_bytes(text)
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 20)
+    relay.wait_for(100)
+    words = {"SIGTSTP": "suspended", "SIGHUP": "reloaded", "SIGURG": "flushed", "SIGTERM": "stopped"}
+    for name, word in words.items():
+        asked = time.monotonic()
+        daemon.send(name)
+        daemon.wait_for(word)
+        assert time.monotonic() - asked < 10
+    assert daemon.wait() == 0
+    left = len(names(spool))
+    assert 0 < left < count and len(relay.mails.items) == count - left
+    assert len([line for line in daemon.lines if "successfully" in line]) == count - left
+
+
+@pytest.mark.parametrize("asked, suspended", [
+    (["suspend"], True),
+    (["suspend", "reload"], False),
+    (["reload", "suspend"], True),
+    (["suspend", "flush"], False),
+    (["flush", "suspend", "suspend"], True),
+])  # fmt: skip
+def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
+    options = spoolgore.parse_options(["-smtpaddr", "-", str(spool)])
+    spooler = spoolgore.Spooler(options, spoolgore.Spool(spool), status, spoolgore.Turnstile([], "", lambda: NOW))
+    spooler.relay = spoolgore.Printer(io.BytesIO())
+    for what in asked:
+        spooler.ask(what)
+    spooler.act_on_signals()
+    assert (spooler.suspended, status.thawed.is_set()) == (suspended, not suspended)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_what_is_in_flight_finishes_and_nothing_else_begins(spool, scripted, start, pulse, name):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: b"451 4.7.1 later\r\n" if b"<later@" in line else None}
+    put(spool, "m1", mail("a@x.org, later@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 1, env=pulse.env)
+    gate.wait()
+    put(spool, "m2", mail("b@x.org"))
+    daemon.send(name)
+    pulse.said.wait_for(1, lambda text: text.startswith("STOPPING=1"))
+    put(spool, "m3", mail("c@x.org"))
+    gate.opened.set()
+    assert daemon.wait() == 0
+    assert asked_for(relay) == ["a@x.org"] and names(spool) == ["m1", "m2", "m3"]
+    states = [(recipient["Status"], recipient["Attempts"]) for recipient in daemon.recipients("m1").values()]
+    assert states == [(2, 0), (0, 1)]
+    assert stat.S_IMODE((spool / ".spoolgore.js").stat().st_mode) == 0o600
+    assert daemon.lines[-1].startswith("stopped (")
+
+
+def test_a_second_signal_ends_it_at_once(spool, scripted, start, pulse):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, env=pulse.env)
+    gate.wait()
+    daemon.send("SIGTERM")
+    pulse.said.wait_for(1, lambda text: text.startswith("STOPPING=1"))
+    daemon.send("SIGINT")
+    assert daemon.wait() == 1
+    assert not [line for line in daemon.lines if "stopped" in line] and names(spool) == ["m1"]
+    gate.opened.set()
+    start("-smtpaddr", relay.address)
+    assert relay.wait_for(1)[0].recipients == ["a@x.org"]
+
+
+def test_what_is_in_flight_for_too_long_at_the_end_waits_again(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, python=changed("STOP_SECONDS = 10 ", "STOP_SECONDS = 0.2 "))
+    gate.wait()
+    assert daemon.stop() == 0
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert recipient["Error"].endswith("the mail may have arrived")
+    gate.opened.set()
+
+
+def a_subdirectory(spool):
+    (spool / "sub").mkdir()
+    put(spool / "sub", "m1", mail())
+
+
+def a_mail_that_is_not_due(spool):
+    put(spool, "m1", mail())
+    write_entries(spool, {"m1": envelope_to(addressee(moment=FAR))})
+
+
+@pytest.mark.parametrize("prepare, code, sent", [
+    (lambda spool: None, 0, 0),
+    (a_subdirectory, 0, 0),
+    (a_mail_that_is_not_due, 75, 0),
+    (lambda spool: put(spool, "m1", "garbage\n"), 75, 0),
+    (lambda spool: [put(spool, f"m{number}", mail()) for number in range(250)], 0, 250),
+])  # fmt: skip
+def test_once(spool, scripted, run, prepare, code, sent):
+    relay = scripted()
+    prepare(spool)
+    assert run("-once", "-smtpaddr", relay.address).status_code == code
+    assert len(relay.mails.items) == sent
+    assert len(relay.connections.items) <= sent
+
+
+def test_the_printer(spool):
+    put(spool, "m1", mail("Alice <a@x.org>", sender="App <app@x.org>", Bcc="b@x.org", body=".\nGrüße\n"))
+    put(spool, "m2", mail("c@x.org", sender=""))
+    done = spoolgore_run("-once", "-smtpaddr", "-", spool)
+    assert (done.returncode, names(spool)) == (0, [])
+    assert done.stdout == (
+        "MAIL FROM:<app@x.org>\nRCPT TO:<a@x.org>\nRCPT TO:<b@x.org>\n\n"
+        "From: App <app@x.org>\nTo: Alice <a@x.org>\nSubject: a test\n\n.\nGrüße\n\n"
+        "MAIL FROM:<>\nRCPT TO:<c@x.org>\n\nFrom: \nTo: c@x.org\nSubject: a test\n\nHello.\n\n"
+    )
+    assert [line[20:] for line in done.stderr.splitlines() if "m2 " in line] == [
+        f"{spool}/m2 sending mail to c@x.org attempt: 0",
+        f"{spool}/m2 successfully sent to c@x.org",
+    ]
+
+
+AS_A_USER = {"PYTHONUNBUFFERED": ""}  # whatever the tests run under
+
+
+def test_what_cannot_be_printed_waits(spool):
+    put(spool, "m1", mail())
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(SCRIPT), "-once", "-smtpaddr", "-", str(spool)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={**os.environ, **AS_A_USER})
+    assert done.returncode == 75 and names(spool) == ["m1"]
+    entry = next(iter(json.loads((spool / ".spoolgore.js").read_text()).values()))
+    assert entry["To"][0]["Error"] == "No space left on device"
+    assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", ""])
+def test_the_standard_streams_stop_nothing(spool, relay, streams):
+    """Closed, full, or (the last) a pipe that nobody reads."""
+    put(spool, "m1", mail())
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = ["sh", "-c", f'exec "$0" "$@" {streams}', sys.executable, str(SCRIPT), "-once", "-smtpaddr"]
+    done = subprocess.run([*command, relay.address, str(spool)], stderr=write_end, env={**os.environ, **AS_A_USER})
+    os.close(write_end)
+    assert done.returncode == 0 and len(relay.mails) == 1 and names(spool) == []
+
+
+def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, start):
+    replies = relay.recorder.rcpt_replies
+    replies["later@x.org"] = "451-4.7.1 try\r\n451 4.7.1 later"
+    put(spool, "m1", mail("a@x.org, later@x.org"))
+    put(spool, "line\nbreak", mail("b@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("successfully sent", 2)
+    daemon.wait_for("SMTP error")
+    for name, word in (("SIGTSTP", "suspended"), ("SIGHUP", "reloaded"), ("SIGURG", "flushed")):
+        daemon.send(name)
+        daemon.wait_for(word)
+    daemon.wait_for("SMTP error", 2)
+    assert daemon.stop() == 0
+    for line in daemon.log.items:
+        moment = time.strptime(line[:20], "%Y/%m/%d %H:%M:%S ")
+        assert abs(time.mktime(moment) - time.time()) < 3600
+    m1, other = f"{spool}/m1", f"{spool}/line break"
+    expected = [
+        f"--- starting Spoolgore (pid: {daemon.process.pid}) on directory {spool} ---",
+        f"{m1} sending mail to a@x.org attempt: 0",
+        f"{m1} sending mail to later@x.org attempt: 0",
+        f"{other} sending mail to b@x.org attempt: 0",
+        f"{m1} successfully sent to a@x.org",
+        f"{m1} SMTP error, mail to later@x.org 451 4.7.1 try 4.7.1 later",
+        f"{other} successfully sent to b@x.org",
+        "Spoolgore is suspended, send SIGHUP or SIGURG to unpause it",
+        "status reloaded",
+        "spool directory flushed (1 messages in the queue)",
+        f"{m1} sending mail to later@x.org attempt: 1",
+        f"{m1} SMTP error, mail to later@x.org 451 4.7.1 try 4.7.1 later",
+        "stopped (1 messages in the queue)",
+    ]
+    assert sorted(daemon.lines) == sorted(expected)
+    assert [line for line in daemon.lines if "m1" in line] == [line for line in expected if "m1" in line]
+
+
+def test_nothing_is_said_again_at_every_scan(spool, tmp_path, start, pulse):
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", f"127.0.0.1:{free_port()}", "-freq", 0, env=pulse.env)
+    daemon.wait_for("relay unavailable, 127.0.0.1")
+    os.mkfifo(spool / "fifo")
+    (spool / "link").symlink_to("/etc/passwd")
+    put(spool, "empty", b"")
+    daemon.wait_for("not a regular file", 2)
+    daemon.wait_for("has no recipients")
+    pulse.wait(20)
+    spool.rename(tmp_path / "away")
+    daemon.wait_for("unable to access spool directory, No such file or directory")
+    pulse.wait(20)
+    (tmp_path / "away").rename(spool)
+    daemon.wait_for("spool directory is accessible again")
+    pulse.wait(20)
+    assert daemon.stop() == 0
+    assert len(set(daemon.lines)) == len(daemon.lines)
+    words = ["unavailable", "not a regular file", "not a regular file", "no recipients", "unable", "accessible"]
+    assert sorted(word for line in daemon.lines for word in dict.fromkeys(words) if word in line) == sorted(words)
+
+
+# -- the status file, from outside
+
+OF_A_LIVE_SPOOL = """{
+	"%(spool)s/m1": {
+		"From": "Foo Bar \\u003cfoo@example.com\\u003e",
+		"To": [
+			{
+				"Address": "delivered@x.org",
+				"Status": 2,
+				"Attempts": 0,
+				"NextAttempt": "2026-11-24T06:37:24.977808629Z",
+				"Error": ""
+			},
+			{
+				"Address": "deferred@x.org",
+				"Status": 0,
+				"Attempts": 2,
+				"NextAttempt": "2026-11-24T07:39:26.985960084+01:00",
+				"Error": "451 4.7.1 try later"
+			}
+		],
+		"Cc": [
+			{
+				"Address": "inprogress@x.org",
+				"Status": 1,
+				"Attempts": 0,
+				"NextAttempt": "2026-11-24T06:37:24.977808629Z",
+				"Error": ""
+			}
+		],
+		"Bcc": [
+			{
+				"Address": "notyet@x.org",
+				"Status": 0,
+				"Attempts": 1,
+				"NextAttempt": "2999-11-24T06:37:24.977808629Z",
+				"Error": "dial tcp 127.0.0.1:25: connect: connection refused"
+			}
+		],
+		"Attempts": 0,
+		"Enqueued": "2026-11-24T06:37:24.977808629Z"
+	},
+	"%(spool)s/gone": {
+		"From": "foo@example.com",
+		"To": [],
+		"Cc": [],
+		"Bcc": [],
+		"Attempts": 0,
+		"Enqueued": "2026-11-24T06:37:24.977808629Z"
+	}
+}"""
+
+
+def test_a_spool_is_taken_over_from_the_original_and_can_be_given_back(spool, relay, run):
+    put(spool, "m1", mail("delivered@x.org, deferred@x.org", Cc="inprogress@x.org", Bcc="notyet@x.org"))
+    put(spool, "unseen", mail("new@x.org"))
+    (spool / ".spoolgore.js").write_text(OF_A_LIVE_SPOOL % {"spool": spool})
+    relay.recorder.rcpt_replies["inprogress@x.org"] = "450 4.2.0 not now"
+    daemon = run("-smtpaddr", relay.address, "-freq=1", "--attempts=100", "-once")
+    assert daemon.status_code == 75
+    assert sorted(received.recipients for received in relay.mails) == [["deferred@x.org"], ["new@x.org"]]
+    entries = json.loads((spool / ".spoolgore.js").read_text())
+    assert list(entries) == [f"{spool}/m1"]
+    entry = entries[f"{spool}/m1"]
+    assert list(entry) == ["From", "To", "Cc", "Bcc", "Attempts", "Enqueued"]
+    assert (entry["From"], entry["Attempts"]) == ("Foo Bar <foo@example.com>", 0)
+    people = [*entry["To"], *entry["Cc"], *entry["Bcc"]]
+    assert [(person["Status"], person["Attempts"]) for person in people] == [(2, 0), (2, 2), (0, 1), (0, 1)]
+    types = [str, int, int, str, str]
+    assert {tuple(map(type, person.values())) for person in people} == {tuple(types)}
+    assert {tuple(person) for person in people} == {("Address", "Status", "Attempts", "NextAttempt", "Error")}
+    rfc3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)"
+    assert all(re.fullmatch(rfc3339, time) for time in [entry["Enqueued"], *(p["NextAttempt"] for p in people)])
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_corrupt_status_file_is_set_aside_and_said(spool, relay, start, is_running):
+    text = b'{"half": {"From": "a'
+    file = spool / ".spoolgore.js"
+    if not is_running:
+        file.write_bytes(text)
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", relay.address)
+    relay.wait_for(1)
+    if is_running:
+        wait_until(lambda: not names(spool))
+        daemon.send("SIGTSTP")
+        daemon.wait_for("suspended")
+        file.write_bytes(text)
+        daemon.send("SIGHUP")
+    line = daemon.wait_for("corrupt status file")[0]
+    assert daemon.stop() == 0
+    aside = [path for path in spool.iterdir() if ".corrupt-" in path.name]
+    assert [path.read_bytes() for path in aside] == [text]
+    assert re.fullmatch(r"\.spoolgore\.js\.corrupt-\d{8}T\d{6}Z", aside[0].name)
+    assert line.endswith(f": moved to {aside[0]}")
+    assert daemon.status() == {}
+    assert len([line for line in daemon.lines if line.startswith("corrupt status file")]) == 1
+
+
+def test_a_status_file_that_cannot_be_written_is_said_once_and_stops_nobody(spool, tmp_path, relay, start):
+    relay.recorder.rcpt_replies["later@x.org"] = "451 4.7.1 try later"
+    file = tmp_path / "nowhere" / "status.js"
+    daemon = start("-smtpaddr", relay.address, "-json", file)
+    for number in range(3):  # each wants to be on the disk before it goes on
+        put(spool, f"m{number}", mail("a@x.org, later@x.org"))
+        relay.wait_for(number + 1)
+    put(spool, "whole", mail("b@x.org"))
+    wait_until(lambda: names(spool) == ["m0", "m1", "m2"])
+    file.parent.mkdir()
+    wait_until(file.exists)
+    assert daemon.stop() == 0
+    assert len([line for line in daemon.lines if "unable to write status file" in line]) == 1
+    entries = json.loads(file.read_text())
+    assert sorted(entries) == [f"{spool}/m{number}" for number in range(3)]
+    assert {tuple(recipient["Status"] for recipient in entry["To"]) for entry in entries.values()} == {(2, 0)}
+
+
+@pytest.mark.parametrize("directory, way", [
+    ("spool", "spool/status.json"),
+    ("spool", "spool/../spool/sub/../status.json"),
+    ("spool", "link/status.json"),
+    ("link", "spool/status.json"),
+])  # fmt: skip
+def test_a_status_file_in_the_spool_is_never_a_mail(spool, tmp_path, relay, start, way, directory):
+    (tmp_path / "link").symlink_to("spool")
+    (spool / "sub").mkdir()
+    relay.recorder.rcpt_replies["later@x.org"] = "451 4.7.1 try later"
+    flags = ("-smtpaddr", relay.address, "-freq", 0, "-json", way)
+    daemon = start(*flags, directory=directory, cwd=tmp_path, python=lacking("inotify"))
+    put(spool, "m0", mail("a@x.org, later@x.org"))
+    wait_until((spool / "status.json").exists)
+    for number in (1, 2):  # each is found by a scan
+        put(spool, f"m{number}", mail())
+        relay.wait_for(number + 1)
+    assert daemon.stop() == 0
+    assert list(json.loads((spool / "status.json").read_text())) == [f"{tmp_path}/{directory}/m0"]
+    assert not [line for line in daemon.lines if "status.json" in line]
+    assert names(spool) == ["m0", "status.json", "sub"]
+
+
+MALFORMED = {  # an entry that an edit left, and what is said of it
+    "list": ([1, 2], "not an object"),
+    "text": ("x", "not an object"),
+    "null": (None, "not an object"),
+    "to": (envelope_to(To={"Address": "a@x.org"}), "To is not a list"),
+    "bare": (envelope_to("a@x.org"), "a recipient is not an object"),
+    "status": (envelope_to(addressee(status=3)), "a recipient's Status is not 0, 1 or 2"),
+    "words": (envelope_to(addressee(status="done")), "a recipient's Status is missing or of the wrong type"),
+    "time": (envelope_to(addressee(moment="tomorrow")), "not a time: tomorrow"),
+    "half": (envelope_to({"Address": "a@x.org"}), "a recipient's Status is missing or of the wrong type"),
+}
+
+
+def test_malformed_entries_hold_their_mails_and_stop_nobody(spool, relay, start, pulse):
+    for name in MALFORMED:
+        put(spool, name, mail("a@x.org"))
+    put(spool, "garbage", "garbage\n")
+    put(spool, "fine", mail("fine@x.org"))
+    entries = {name: entry for name, (entry, _) in MALFORMED.items()}
+    entries["garbage"] = [1]
+    write_entries(spool, entries)
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, env=pulse.env)
+    relay.wait_for(1)
+    daemon.wait_for("is held", len(MALFORMED))
+    daemon.wait_for("garbage unable to parse")
+    pulse.wait()
+    held = sorted(line for line in daemon.lines if "is held" in line)
+    why = "is held, its entry in the status file is malformed"
+    assert held == sorted(f"{spool}/{name} {why}: {reason}" for name, (_, reason) in MALFORMED.items())
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    assert daemon.status() == entries  # nothing of them is lost
+    write_entries(spool, {name: envelope_to(addressee(f"{name}@x.org")) for name in MALFORMED})
+    daemon.send("SIGHUP")
+    relay.wait_for(len(MALFORMED) + 1)
+    wait_until(lambda: names(spool) == ["garbage"])
+    assert daemon.stop() == 0
+    assert daemon.status() == {"garbage": [1]}
+    assert asked_for(relay.recorder) == sorted(f"{name}@x.org" for name in [*MALFORMED, "fine"])
 
 
 # ---------------------------------------------------------- faults of the relay
