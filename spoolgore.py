@@ -1341,7 +1341,8 @@ class Reply(NamedTuple):
 
     @property
     def verdict(self):
-        return Verdict.REFUSED if 500 <= self.code < 600 else Verdict.DEFERRED
+        """530 asks for a login (RFC 4954 6): no fault of the mail."""
+        return Verdict.REFUSED if 500 <= self.code < 600 and self.code != 530 else Verdict.DEFERRED
 
 
 def connect(address, timeout):
@@ -1713,7 +1714,7 @@ def too_many(reply):
 
 
 def int_or_zero(text):
-    return int(text) if str(text or "").isdecimal() else 0
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
 class Security:
@@ -2486,6 +2487,7 @@ class ServiceManager:
 
     def _send(self, text):
         with contextlib.suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.setblocking(False)  # a service manager that does not listen is no reason to wait
             sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
 
 
@@ -2870,6 +2872,8 @@ class Spooler:
             self.pick_up(path)
         except OutOfTurn:
             self.ahead.append(path)
+        except gevent.GreenletExit:  # the daemon ends, the mail is still in the queue
+            self.later(path, 0.0)
         except Exception:  # noqa: BLE001
             log.exception("%s unexpected error, it is tried again in a minute", path)
             self.later(path, self.clock() + retry_delay(1))

@@ -2566,6 +2566,15 @@ def test_fail5xx_gives_up_at_the_first_permanent_reply(spool, scripted, run, ver
     assert daemon.recipients("m1")["a@x.org"]["Error"] == "550 5.7.1 never"
 
 
+def test_fail5xx_is_not_for_a_relay_that_wants_a_login(spool, scripted, run):
+    relay = scripted()
+    put(spool, "m1", mail("a@x.org"))
+    relay.replies = {"MAIL": b"530 5.7.0 authentication required\r\n"}
+    daemon = run("-once", "-fail5xx", "-smtpaddr", relay.address)
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 1)
+
+
 RELAYS_OWN = {  # a 5xx reply that says nothing about any mail -> extensions, replies, flags
     "greeting": ((), {}, ()),
     "EHLO": ((), {"EHLO": b"550 no\r\n", "HELO": b"550 5.7.0 go away\r\n"}, ()),
@@ -2957,6 +2966,7 @@ def test_what_is_in_flight_for_too_long_at_the_end_waits_again(spool, scripted, 
     recipient = daemon.recipients("m1")["a@x.org"]
     assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
     assert recipient["Error"].endswith("the mail may have arrived")
+    assert daemon.lines[-1] == "stopped (1 messages in the queue)"
     gate.opened.set()
 
 
@@ -3948,6 +3958,7 @@ def test_size_and_8bitmime_are_declared_where_they_are_offered(scripted):
         ([], ""),
         (["SIZE"], f" SIZE={size}"),
         ([f"SIZE {size}"], f" SIZE={size}"),
+        ([f"SIZE {'9' * 5000}"], f" SIZE={size}"),
         (["SIZE 0", "8BITMIME"], f" SIZE={size} BODY=8BITMIME"),
         (["8BITMIME", "SMTPUTF8"], " BODY=8BITMIME"),
     ]:
@@ -5332,9 +5343,7 @@ def test_progress_is_logged(spool, start, scripted):
     relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
     for number in range(3):
         put(spool, f"m{number}", mail())
-    hasty = "import re, sys; text = open(sys.argv[1]).read().replace('Progress(10)', 'Progress(0.2)'); del sys.argv[0]"
-    python = (sys.executable, "-c", f"{hasty}; __file__ = sys.argv[0]; exec(compile(text, sys.argv[0], 'exec'))")
-    daemon = start("-smtpaddr", relay.address, "-concurrency", 1, python=python)
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 1, python=changed("Progress(10)", "Progress(0.2)"))
     line = daemon.wait_for("waiting, ")[0]
     assert line[20:] == "2 waiting, 1 in flight, 0 sent, 0.0 mails/s"
     gate.set()
