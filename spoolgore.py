@@ -929,7 +929,7 @@ class Status:
         self.wanted.clear()
         self.urgent.clear()
         try:
-            gevent.get_hub().threadpool.apply(write_durably, (self.path, self._text()))
+            off_the_hub(write_durably, self.path, self._text())
             self._complaint = ""
         except OSError as error:
             self._failed(error)
@@ -997,6 +997,21 @@ def write_durably(path, chunks):
         os.fsync(handle)
     os.replace(temporary, path)
     sync_directory(os.path.dirname(path))
+
+
+def off_the_hub(function, *arguments):
+    """Call, in a thread, what waits for the disk. Raises OSError."""
+    if error := gevent.get_hub().threadpool.apply(os_error, (function, *arguments)):
+        raise error
+
+
+def os_error(function, *arguments):
+    """Call it and return its OSError, or None: an exception that leaves its thread is printed by gevent."""
+    try:
+        function(*arguments)
+    except OSError as error:
+        return error
+    return None
 
 
 def sync_directory(path):
@@ -1158,8 +1173,8 @@ class Spool:
             owner = os.read(handle, 32).decode("ascii", "replace").strip()
             os.close(handle)
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+            os.ftruncate(handle, os.write(handle, f"{os.getpid()}\n".encode()))
         previous, self._lock = self._lock, handle
         if previous is not None:
             os.close(previous)
@@ -2218,7 +2233,7 @@ class Turnstile:
         if file.write(line.encode()) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if durable:
-            gevent.get_hub().threadpool.apply(sync, (file,))
+            off_the_hub(sync, file)
 
     def _failed(self, error):
         self._file = None  # written anew next time: half a line may stand at its end

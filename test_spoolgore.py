@@ -2814,6 +2814,50 @@ def small_spool(spool):
         subprocess.run(["umount", "-l", spool], check=True)
 
 
+@pytest.mark.parametrize("full_disk", [full_file_system, limited_files])
+def test_a_full_disk_is_said_once_stops_nobody_and_nothing_is_forgotten(small_spool, relay, start, full_disk):
+    relay.recorder.rcpt_replies["late@example.org"] = "451 4.7.1 try later"
+    addresses = [f"a{number}@example.org" for number in range(10, 60)]  # so that the status is larger than a mail
+    put(small_spool, "m1", mail(", ".join([*addresses, "late@example.org"])))
+    put(small_spool, "m2", mail("b@example.org"))
+    with full_disk(small_spool) as (python, make_room):
+        daemon = start("-smtpaddr", relay.address, python=python)
+        wait_until(lambda: names(small_spool) == ["m1"])
+        daemon.wait_for("unable to write status file, .*(File too large|No space left on device)")
+        flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)  # each tries to write
+        assert daemon.status() == {}
+        make_room(daemon)
+        daemon.wait_for_recipient("m1", addresses[0], Status=2)
+        errors = len(said(daemon, "SMTP error"))
+        daemon.wait_for_recipient("m1", "late@example.org", Status=0, Attempts=errors)
+    daemon.kill()
+    assert len(said(daemon, "unable to")) == 1 and has_only_log_lines(daemon)
+    relay.recorder.rcpt_replies.clear()
+    start("-smtpaddr", relay.address).send("SIGURG")
+    wait_until(lambda: not names(small_spool))
+    assert sent_to(relay) == [*addresses, "b@example.org", "late@example.org"]
+
+
+def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotten(spool, scripted, start):
+    relay, late = gated(scripted), [b"451 4.7.1 try later\r\n"] * 4
+    relay.replies["RCPT"] = lambda line: late.pop() if b"late@" in line and late else None
+    put(spool, "m1", mail("a@example.org"))
+    put(spool, "m2", mail("b@example.org, late@example.org"))
+    daemon = start("-smtpaddr", relay.address, python=BOUND)
+    relay.begun.wait_for(2)
+    spool.chmod(0o500)
+    relay.gate.set()
+    daemon.wait_for("unable to remove mails that are settled, Permission denied")
+    daemon.wait_for("unable to write status file, Permission denied")
+    flush_until(daemon, lambda: not late)
+    spool.chmod(0o700)
+    daemon.wait_for_recipient("m2", "b@example.org", Status=2)
+    flush_until(daemon, lambda: not names(spool))  # without it: in a minute
+    assert daemon.stop() == 0 and daemon.status() == {}
+    assert sent_to(relay) == ["a@example.org", "b@example.org", "late@example.org"]
+    assert len(said(daemon, "unable to")) == 2 and has_only_log_lines(daemon)
+
+
 WHAT_A_CRASH_LEFT = {  # entries of the status file, the mail's place, to whom it is sent then, the entries that are left
     "before the file of a delivered mail was removed": ({"m1": [(2, "")]}, "m1", [], {}),
     "before a mail that is given up was moved": ({"m1": [(2, "550 no"), (2, "")]}, "m1", [], {".failed/m1": [(2, "550 no"), (2, "")]}),
