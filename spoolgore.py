@@ -148,6 +148,7 @@ PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is dow
 LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
 CAP_SECONDS = 30  # how long a relay's limit on connections is believed
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
+UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go; a link may look like that
 SAVE_SECONDS = 1  # the least time between two writes of the status file
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
@@ -1099,7 +1100,8 @@ def is_being_written(handle, status, now, whole):
     refused = lease_refused(handle)
     if refused is not None:
         return refused
-    return abs(now - status.st_mtime) < QUIET_SECONDS if whole is None else not whole
+    pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[whole]
+    return abs(now - status.st_mtime) < pause
 
 
 def is_locked(handle, pid):
@@ -1190,7 +1192,7 @@ class Spool:
         """Open a file for sending, as a Mail.
 
         whole: whether its writer was seen to finish it; None when nothing was seen. Where the system can say itself
-        that nobody writes the file, that counts; else whole; else a file that changed in the last second waits.
+        whether somebody writes the file, that counts; else whole, but a file that rests for long is believed to be.
         Raises FileNotFoundError, NotYet, NotAMail, or another OSError when it cannot be read.
         """
         if not stat.S_ISREG(os.lstat(path).st_mode):

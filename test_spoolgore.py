@@ -2616,6 +2616,25 @@ def test_a_file_that_is_written_slowly_in_place_is_sent_once_and_whole(tmp_path,
     assert all(received.content.count(b"line ") == 30 for received in relay.mails)
 
 
+@pytest.mark.parametrize(
+    ("whole", "mtime", "is_written"),
+    [
+        (None, NOW - 0.5, True),
+        (None, NOW - 1.5, False),
+        (None, NOW + 3600, False),  # another machine's clock, or a copy that keeps the time
+        (True, NOW, False),
+        (False, NOW - 50, True),
+        (False, NOW - 70, False),
+    ],
+)
+def test_when_a_file_without_lease_is_taken(spool, monkeypatch, whole, mtime, is_written):
+    monkeypatch.setattr(spoolgore, "lease_refused", lambda handle: None)
+    put(spool, "m1", mail())
+    os.utime(spool / "m1", (mtime, mtime))
+    with pytest.raises(spoolgore.NotYet) if is_written else contextlib.nullcontext():
+        spoolgore.Spool(str(spool)).claim(str(spool / "m1"), NOW, whole).file.close()
+
+
 def link(spool, name, text):
     """Spool a mail as some applications do: write it elsewhere, link it into the spool, unlink it there."""
     aside = spool.parent / name
