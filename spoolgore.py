@@ -1054,11 +1054,15 @@ class Mail(NamedTuple):
     path: str
     file: object
     identity: tuple
-    links: int
 
     @property
     def size(self):
         return self.identity[2]
+
+    @property
+    def links(self):
+        """How many names the file has by now."""
+        return os.fstat(self.file.fileno()).st_nlink
 
 
 def identity(status):
@@ -1202,7 +1206,7 @@ class Spool:
         if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, whole):
             file.close()
             raise NotYet
-        return Mail(path, file, identity(status), status.st_nlink)
+        return Mail(path, file, identity(status))
 
     def unchanged(self, mail):
         """Whether the path still names the file that was claimed, with the same content."""
@@ -2895,7 +2899,7 @@ class Spooler:
             return True
         inode = mail.identity[:2]
         owner = self.owners.get(inode)
-        if owner is None or not os.path.lexists(owner):
+        if owner is None or not self.spool.unchanged(mail._replace(path=owner)):
             owner = next((name for name in self.spool.names(mail) if name in self.status), mail.path)
             self.owners[inode] = owner
         return owner == mail.path

@@ -2520,6 +2520,22 @@ def test_a_file_that_vanishes_or_is_another_mail_when_it_was_sent(spool, scripte
     assert said(daemon, "unable") == [] and daemon.status() == {}
 
 
+def test_two_names_of_one_file_are_one_mail(spool, scripted, start):
+    relay = gated(scripted)
+    put(spool, "m1", mail("a@example.org"))
+    os.link(spool / "m1", spool / "m2")
+    put(spool, "m3", mail("b@example.org"))
+    daemon = start("-smtpaddr", relay.address)
+    relay.begun.wait_for(2)
+    os.link(spool / "m3", spool / "m4")
+    relay.gate.set()
+    wait_until(lambda: not names(spool))
+    put(spool, "m5", mail("c@example.org"))
+    relay.wait_for(3)
+    assert daemon.stop() == 0
+    assert sent_to(relay) == ["a@example.org", "b@example.org", "c@example.org"]
+
+
 def test_two_names_of_a_file_that_is_given_up(spool, relay, start):
     relay.recorder.rcpt_replies["a@example.org"] = "550 5.1.1 no such user"
     put(spool, "m1", mail("a@example.org"))
@@ -2529,6 +2545,18 @@ def test_two_names_of_a_file_that_is_given_up(spool, relay, start):
     assert len(os.listdir(spool / ".failed")) == 1
     assert daemon.stop() == 0
     assert list(daemon.status()) == os.listdir(spool / ".failed")
+
+
+def test_a_name_that_is_another_files_by_now_does_not_stand_for_the_old_one(spool, relay, start):
+    relay.recorder.rcpt_replies["a@example.org"] = ["451 4.7.1 try later"]
+    put(spool, "m1", mail("a@example.org"))
+    os.link(spool / "m1", spool / "m2")
+    os.link(spool / "m1", spool / "m3")
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    first = daemon.wait_for("SMTP error")[0][20:].split()[0]
+    put(spool, os.path.basename(first), "broken\n")
+    relay.wait_for(1)  # by one of its other names, long before the first one's time has come
+    wait_until(lambda: names(spool) == [os.path.basename(first)])
 
 
 def test_ten_thousand_files_at_once(tmp_path, start):
