@@ -2855,8 +2855,10 @@ class Spooler:
             self.later(path, self.clock() + QUIET_SECONDS)
         except NotAMail as error:
             self.ignore(path, seen, "" if os.path.isdir(path) and not os.path.islink(path) else str(error))
-        except OSError as error:
+        except PermissionError as error:
             self.hold(path, seen, f"unable to read mail file, {error.strerror}")
+        except OSError as error:
+            self.cannot_read(path, error)
         else:
             with mail.file:
                 self.whole.pop(path, None)
@@ -2871,9 +2873,19 @@ class Spooler:
     def hold(self, path, seen, reason):
         """The mail stays where it is, and its entry says why."""
         self.ignore(path, seen, reason)
+        self.show(path, reason)
+
+    def show(self, path, reason):
+        """The entry says why the mail is not sent."""
         envelope = self.status.take(path) if path in self.status else new_envelope(None, self.clock())
         if isinstance(envelope, dict):
             self.status.put(path, unusable(envelope, reason))
+
+    def cannot_read(self, path, error):
+        """Out of descriptors, or a fault of the disk: the file itself may be fine, and need not change."""
+        self.say("read", f"unable to read mail files, {error.strerror} (it is tried again)")
+        self.show(path, f"unable to read mail file, {error.strerror}")
+        self.later(path, self.clock() + retry_delay(1))
 
     def open_mail(self, mail, seen):
         """Read the message, find its envelope, deliver."""
@@ -2884,7 +2896,7 @@ class Spooler:
         except BadMessage as error:
             return self.hold(mail.path, seen, f"unable to parse mail file, {error}")
         except OSError as error:
-            return self.hold(mail.path, seen, f"unable to read mail file, {error.strerror}")
+            return self.cannot_read(mail.path, error)
         try:
             envelope = self.envelope_of(mail.path, message)
         except CorruptStatus as error:

@@ -2410,6 +2410,21 @@ def test_what_cannot_be_sent_is_said_once_and_is_sent_when_it_is_mended(spool, r
     assert [len(said(daemon, problem)) for problem in problems.values()] == [1, 1, 1]
 
 
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="prlimit (util-linux) is not here")
+def test_a_mail_that_cannot_be_opened_for_want_of_descriptors_is_not_given_up(spool, scripted, start):
+    relay, gate = scripted(), threading.Event()
+    relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
+    for number in range(60):
+        put(spool, f"m{number}", mail(f"a{number:02}@example.org"))
+    daemon = start("-smtpaddr", relay.address, python=("prlimit", "--nofile=40:40", sys.executable))
+    daemon.wait_for("unable to read mail files, Too many open files")
+    gate.set()
+    relay.wait_for(10)
+    flush_until(daemon, lambda: not names(spool))
+    assert sent_to(relay) == [f"a{number:02}@example.org" for number in range(60)]
+    assert len(said(daemon, "unable to read")) == 1
+
+
 def test_a_file_of_100_megabytes(spool, scripted, start):
     line = b"." + b"x" * 997 + b"\n"
     count = 100 * 2**20 // len(line)
