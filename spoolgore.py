@@ -1780,7 +1780,7 @@ def first_line_of(command, seconds):
         done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise RelayError(f"the password command took longer than {seconds} s") from None
-    lines = done.stdout.decode("utf-8", "replace").splitlines()
+    lines = done.stdout.decode("utf-8", "surrogateescape").splitlines()
     if done.returncode or not lines:
         raise RelayError(f"the password command failed: exit status {done.returncode}, {len(lines)} lines")
     return lines[0]
@@ -1830,12 +1830,17 @@ def auth_response(mechanism, user, password, challenge, step):
     if mechanism == "login":
         return (user, password)[min(step, 1)]
     if mechanism == "cram-md5":
-        return f"{user} {hmac.new(password.encode(), challenge, 'md5').hexdigest()}"
+        return f"{user} {hmac.new(octets_of(password), challenge, 'md5').hexdigest()}"
     return "" if step else f"user={user}\1auth=Bearer {password}\1\1"
 
 
+def octets_of(text):
+    """UTF-8, and what was none on the command line or in the environment as it was there."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def encoded(text):
-    return base64.b64encode(text.encode()).decode()
+    return base64.b64encode(octets_of(text)).decode()
 
 
 def decoded(challenge):
@@ -1847,7 +1852,8 @@ def decoded(challenge):
 
 def redacted(text, user, password):
     """A relay's reply without the secrets that it may repeat."""
-    secrets = [password, encoded(password), encoded(f"\0{user}\0{password}")]
+    responses = [auth_response(mechanism, user, password, b"", 0) for mechanism in ("plain", "xoauth2")]
+    secrets = [password, *map(encoded, [password, *responses])]
     for secret in filter(None, secrets):
         text = text.replace(secret, "***")
     return text

@@ -4,6 +4,7 @@ The pure sections are tested as tables. Everything else starts the script as a u
 SMTP servers: aiosmtpd, Postfix, and where bytes or faults matter a relay that follows a script.
 """
 
+import base64
 import contextlib
 import email
 import email.policy
@@ -2992,6 +2993,21 @@ def refuse_and_repeat(conversation):
 
     conversation.on_AUTH = on_AUTH
     conversation.serve()
+
+
+@pytest.mark.parametrize(("flags", "environ"), LOGINS)
+def test_secrets_are_nowhere(spool, scripted, start, flags, environ):
+    relay = scripted(["AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"], serve=refuse_and_repeat)
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", relay.address, *flags, env=environ)
+    daemon.wait_for("relay unavailable, .*535 5.7.8 refused")
+    assert daemon.stop() == 0
+    assert "535 5.7.8 refused" in daemon.recipients("m1")["alice@example.org"]["Error"]
+    files = [path.read_text() for path in spool.iterdir()]
+    written = "\n".join([*daemon.lines, *files])
+    words = [word[: len(word) // 4 * 4] for word in re.findall(r"[A-Za-z0-9+/]{8,}", written)]
+    assert PASSWORD not in written and not any(PASSWORD.encode() in base64.b64decode(word) for word in words)
+    assert has_only_log_lines(daemon)
 
 
 def test_what_the_daemon_makes_is_for_its_owner_only(spool, relay, start):
