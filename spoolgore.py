@@ -975,8 +975,9 @@ class Status:
         self._saved.set()
 
     def thaw(self):
-        self._saved = gevent.event.Event()
-        self.thawed.set()
+        if not self.thawed.is_set():  # else somebody may wait for that event
+            self._saved = gevent.event.Event()
+            self.thawed.set()
         self.changed()
 
 

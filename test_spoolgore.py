@@ -1893,6 +1893,15 @@ def test_a_delivery_is_on_the_disk_before_its_mail_goes_on(status, saver, name):
     assert [recipient["Status"] for recipient in saved_entries(status)[path]["To"]] == [2, 0]
 
 
+def test_a_flush_does_not_forget_who_waits_for_a_write(status):
+    waiting = gevent.spawn(status.commit)
+    gevent.sleep(0)
+    status.thaw()  # it was not suspended
+    status.save()
+    waiting.join(PATIENCE)
+    assert waiting.successful()
+
+
 def test_deliveries_of_a_write_that_failed_are_not_forgotten(status, caplog):
     saved_status(status, {"/spool/m1": envelope_to(addressee("a@x.org"), addressee("b@x.org"), addressee("c@x.org"))})
     deliver_one(status, "/spool/m1", "a@x.org")
@@ -2902,8 +2911,8 @@ def test_a_full_disk_is_said_once_stops_nobody_and_nothing_is_forgotten(small_sp
 
 
 def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotten(spool, scripted, start):
-    relay, late = gated(scripted), [b"451 4.7.1 try later\r\n"] * 4
-    relay.replies["RCPT"] = lambda line: late.pop() if b"late@" in line and late else None
+    relay, ready = gated(scripted), threading.Event()
+    relay.replies["RCPT"] = lambda line: None if ready.is_set() or b"late@" not in line else b"451 4.7.1 later\r\n"
     put(spool, "m1", mail("a@example.org"))
     put(spool, "m2", mail("b@example.org, late@example.org"))
     daemon = start("-smtpaddr", relay.address, python=BOUND)
@@ -2912,9 +2921,10 @@ def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotte
     relay.gate.set()
     daemon.wait_for("unable to remove mails that are settled, Permission denied")
     daemon.wait_for("unable to write status file, Permission denied")
-    flush_until(daemon, lambda: not late)
+    flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)
     spool.chmod(0o700)
     daemon.wait_for_recipient("m2", "b@example.org", Status=2)
+    ready.set()
     flush_until(daemon, lambda: not names(spool))  # without it: in a minute
     assert daemon.stop() == 0 and daemon.status() == {}
     assert sent_to(relay) == ["a@example.org", "b@example.org", "late@example.org"]
