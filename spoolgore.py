@@ -16,30 +16,29 @@ Relay options:
   -smtpaddr ADDR         address of the smtp address to use in the addr:port
                          format; "-" prints the mails instead of sending them
                          [default: 127.0.0.1:25]
-  -smtpuser USER         username for smtp plain authentication [default: ]
-  -smtppassword SECRET   password for smtp plain authentication [default: ]
-  -smtpmd5user USER      username for smtp cram md5 authentication [default: ]
+  -smtpuser USER         username for smtp plain authentication
+  -smtppassword SECRET   password for smtp plain authentication
+  -smtpmd5user USER      username for smtp cram md5 authentication
   -smtpmd5password SECRET
-                         password for smtp cram md5 authentication [default: ]
+                         password for smtp cram md5 authentication
   -smtpauth MECHANISM    plain, login, cram-md5 or xoauth2, instead of what the
-                         user flag means [default: ]
+                         user flag means
   -smtppasswordcommand COMMAND
                          the first line of this shell command's output is the
-                         password or the OAuth 2 token [default: ]
+                         password or the OAuth 2 token
   -tls MODE              auto (STARTTLS if offered, smtps on port 465),
                          starttls (required), smtps or off [default: auto]
   -tlsca FILE            trust the certificates in this PEM file instead of the
-                         system's [default: ]
+                         system's
   -tlscert FILE          PEM file with a client certificate and its key
-                         [default: ]
   -helo NAME             name to say in EHLO; this machine's if it has a full
-                         one, else its address [default: ]
+                         one, else its address
   -concurrency N         mails in flight at once, and so the most connections
                          [default: 100]
   -timeout SECONDS       how long the relay may take over one command; 600 for
                          its answer to a whole mail [default: 60]
   -rate LIMITS           at most so many recipients: N/s, N/m, N/h, N/d, or
-                         several of them with commas [default: ]
+                         several of them with commas
 
 Queue options:
   -freq SECONDS          frequency of spool directory scans (seconds); new
@@ -54,7 +53,7 @@ Queue options:
 
 Status options:
   -json PATH             path of the json status file; .spoolgore.js in the
-                         spool directory if empty [default: ]
+                         spool directory if empty
   -status                print how the spool is doing and exit: 0, or 1 when no
                          daemon runs or a mail was given up
 
@@ -77,6 +76,7 @@ if __name__ == "__main__":  # importing the module never patches the importer
 
     monkey.patch_all()
 
+import atexit
 import base64
 import collections
 import contextlib
@@ -143,6 +143,7 @@ REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines
 FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
 IDLE_SECONDS = 5  # then an unused connection is closed
 FRESH_SECONDS = 1  # a connection unused for longer is asked before content is sent
+LAST_WORDS_SECONDS = 1  # for what a relay said before it stopped listening
 CONNECTION_SECONDS = 300  # a connection's life
 PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is down
 LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
@@ -314,7 +315,8 @@ def parse_options(argv, doc=None):
     if len(directories) > 1:
         raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
-    options = typed({name.lstrip("-"): value for name, value in docopt.docopt(docopt_text(doc), words, False).items()})
+    found = docopt.docopt(docopt_text(doc), words, False)
+    options = typed({name.lstrip("-"): "" if value is None else value for name, value in found.items()})
     if not options.directory:
         raise SystemExit(complain("please specify a spool directory"))
     return options
@@ -360,6 +362,8 @@ FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")  # RFC 5322 2.2, and 4.5's space befo
 UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, and an open quotation ends the text
     r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|(?<![^\s,:;<>"()])((?=[^\s,:;<>"()@]+@)[^\s,:;<>"()]+)(?=\s*<)'
 )
+NO_DOMAIN = re.compile(r"@(?=\s*(?:[,;>]|\Z))")
+PLACEHOLDER = "\x7f"  # a domain that no relay is told of
 ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 PLAIN = re.compile(rf"([A-Za-z0-9 ]*<)?({ATOM}(?:\.{ATOM})*@[\w-]+(?:\.[\w-]+)*)(?(1)>)", re.ASCII)
 QUOTED_LOCAL = re.compile(r'"(?:[^"\\<>\x00-\x1f\x7f]|\\[ -;=?-~])+"')
@@ -432,8 +436,10 @@ def parse_addresses(text):
     if plain := PLAIN.fullmatch(text):  # nearly all there are, and a twentieth of the time
         return [plain[2]]
     text = UNQUOTED_NAME.sub(lambda match: match[1] or f'"{match[2]}"', text)
+    text = NO_DOMAIN.sub("@" + PLACEHOLDER, text)  # else email drops this recipient, and nobody hears of it
     try:
-        return [address for _, address in email.utils.getaddresses([text], **LENIENT) if address]
+        found = email.utils.getaddresses([text], **LENIENT)
+        return [address.rstrip(PLACEHOLDER) for _, address in found if address]
     except RecursionError:
         raise BadMessage("comments nested too deep") from None
 
@@ -750,11 +756,27 @@ class CorruptStatus(Exception):
     """The status file is not what it should be; the text says where."""
 
 
+TALL = json.JSONEncoder(separators=(",\n\t\t\t\t", ": "))  # what indent gives, but from the encoder in C
+
+
 def pack(path, envelope):
     """An entry as its line and those below it in the status file. Packed entries are small, cost the garbage
     collector nothing, and make a write of the file one join."""
-    text = json.dumps(envelope, indent="\t").replace("\n", "\n\t")
+    if isinstance(envelope, dict):
+        lines = [f"\n\t\t{json.dumps(key)}: {packed_value(value)}" for key, value in envelope.items()]
+        text = f"{{{','.join(lines)}\n\t}}"
+    else:
+        text = json.dumps(envelope)
     return f"\t{json.dumps(path)}: {text}".encode()
+
+
+def packed_value(value):
+    """Indented if it is a list of recipients; only white space depends on what it is."""
+    text = TALL.encode(value)
+    if not (text.startswith("[{") and text.endswith("}]")):
+        return text
+    inner = text[2:-2].replace("},\n\t\t\t\t{", "\n\t\t\t},\n\t\t\t{\n\t\t\t\t")
+    return f"[\n\t\t\t{{\n\t\t\t\t{inner}\n\t\t\t}}\n\t\t]"
 
 
 def unpack(packed):
@@ -1134,8 +1156,13 @@ class Spool:
     def __init__(self, directory, status_path=""):
         self.directory = os.path.abspath(directory)
         self.failed = os.path.join(self.directory, ".failed")
-        self.status_path = os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js"))
+        self.status_path = self.here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self._lock = None
+
+    def here(self, path):
+        """The path by the name that the spool was given, if it leads there by another."""
+        parent, name = os.path.split(path)
+        return self.path(name) if os.path.realpath(parent) == os.path.realpath(self.directory) else path
 
     def path(self, name):
         return os.path.join(self.directory, name)
@@ -1172,7 +1199,7 @@ class Spool:
 
     def lock(self):
         """Make this process the only one that sends from here. Raises Locked, OSError."""
-        handle = os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        handle = self._open_lock()
         try:
             if fcntl:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1185,6 +1212,12 @@ class Spool:
         previous, self._lock = self._lock, handle
         if previous is not None:
             os.close(previous)
+
+    def _open_lock(self):
+        try:
+            return os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+        except OSError as error:  # people know the directory, not the lock
+            raise OSError(error.errno, error.strerror, self.directory) from None
 
     def still_locked(self):
         """Whether the directory is the one that was locked: it may have been removed and made again."""
@@ -1211,9 +1244,10 @@ class Spool:
 
     def unchanged(self, mail):
         """Whether the path still names the file that was claimed, with the same content."""
-        with contextlib.suppress(OSError):
+        try:
             return identity(os.lstat(mail.path)) == mail.identity
-        return False
+        except OSError:  # the whole directory may be away, and come back with it
+            return not self.still_locked()
 
     def names(self, mail):
         """Every name that the mail's file has in the spool: one mail, however many links it has."""
@@ -1301,16 +1335,17 @@ class RelayError(OSError):
     """The conversation cannot go on."""
 
 
-class TimedOut(RelayError):
-    """The relay is there, and silent: it may still act on what it was sent."""
-
-
 class LoginRefused(RelayError):
     """The relay does not accept the user or the password."""
 
 
 class Unanswered(RelayError):
     """A connection that was used before is gone, and not one reply to this transaction came."""
+
+
+# What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
+# may still act on what it was sent.
+GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class Reply(NamedTuple):
@@ -1420,9 +1455,12 @@ class Connection(smtplib.SMTP):
         """Write a command or content; the whole of it must be taken within the time limit."""
         data = data.encode("utf-8") if isinstance(data, str) else data
         self.sock.settimeout(self.seconds)
-        sent = self.sock.send(data)  # nearly always all of it
-        if sent < len(data):
-            self.sock.sendall(memoryview(data)[sent:])
+        try:
+            sent = self.sock.send(data)  # nearly always all of it
+            if sent < len(data):
+                self.sock.sendall(memoryview(data)[sent:])
+        except socket.timeout:
+            raise RelayError("timed out, the relay does not read what it is sent") from None
 
     def getreply(self):
         """smtplib's way to ask for reply()."""
@@ -1455,9 +1493,9 @@ class Connection(smtplib.SMTP):
         try:
             data = self.sock.recv(4096)
         except socket.timeout:
-            raise TimedOut("timed out waiting for the relay's reply") from None
+            raise RelayError("timed out waiting for the relay's reply") from None
         if not data:
-            raise RelayError("connection closed by the relay")
+            raise ConnectionResetError("connection closed by the relay")
         return data
 
     # -- use and end
@@ -1469,8 +1507,6 @@ class Connection(smtplib.SMTP):
         """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
         if time.monotonic() - self.born > CONNECTION_SECONDS or self.buffer:
             return False
-        if self.idle_for() < 0.01:
-            return True
         try:
             self.sock.settimeout(0)
             self.sock.recv(1)  # anything at all that comes here is the end: 421, or nothing
@@ -1480,10 +1516,10 @@ class Connection(smtplib.SMTP):
             pass
         return False
 
-    def transact(self, sender, addresses, message):
+    def transact(self, sender, addresses, message, carefully=False):
         """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Unanswered."""
         reused, self.uses = self.uses > 0, self.uses + 1
-        transaction = Transaction(self, sender, addresses, message)
+        transaction = Transaction(self, sender, addresses, message, carefully)
         try:
             outcomes = transaction.run()
         except BaseException:
@@ -1520,10 +1556,11 @@ def literal(sock):
 class Transaction:
     """One mail on one connection (RFC 5321 3.3): MAIL, RCPT and DATA or BDAT, and their replies.
 
-    With PIPELINING (RFC 2920) they go out in one write; with CHUNKING (RFC 3030) a small mail's content does too.
+    With PIPELINING (RFC 2920) they go out in one write; with CHUNKING (RFC 3030) a small mail's content does too, or,
+    carefully, waits for the relay's word that it is there.
     """
 
-    def __init__(self, connection, sender, addresses, message):
+    def __init__(self, connection, sender, addresses, message, carefully=False):
         self.connection, self.message = connection, message
         self.sender, self.addresses = sender, addresses
         self.replies = []  # to MAIL, each RCPT, DATA or BDAT
@@ -1533,6 +1570,7 @@ class Transaction:
         self.complete = False  # the relay may have the whole content
         self.chunked = connection.has_extn("chunking") and message.whole is not None
         self.pipelined = connection.has_extn("pipelining")
+        self.carefully = carefully or connection.idle_for() > FRESH_SECONDS
 
     def run(self):
         refusals = self._local_refusals()
@@ -1541,8 +1579,8 @@ class Transaction:
             try:
                 self._converse()
             except OSError as error:
-                self.lost, self.connection.broken = describe(error), True
-                self.gone = not isinstance(error, TimedOut)
+                self.lost, self.connection.broken = self.lost or describe(error), True
+                self.gone = isinstance(error, GONE)
         return {**refusals, **dict(zip(self.addresses, self._outcomes()))}
 
     # -- before anything is sent
@@ -1573,11 +1611,11 @@ class Transaction:
 
     def _converse(self):
         commands, opening = self._envelope_commands(), self._opening()
-        if self.pipelined and not (self.chunked and self.connection.idle_for() > FRESH_SECONDS):
+        if self.pipelined and not (self.chunked and self.carefully):
             self._ask([*commands, opening])
         else:
             self._ask(commands)
-            if self._accepted():
+            if self._accepted() and not self.connection.broken:
                 self._ask([opening])
         self._content()
         if not (self.final and self.final.ok) and not self.connection.broken:
@@ -1603,21 +1641,23 @@ class Transaction:
 
     def _ask(self, commands):
         if self.pipelined:
-            self.complete = self.chunked and len(self.replies) + len(commands) > len(self.addresses) + 1
             self.connection.send(b"".join(commands))
+            self.complete = self.chunked and len(self.replies) + len(commands) > len(self.addresses) + 1
         for command in commands:
             if not self.pipelined:
-                self.complete = command.startswith(b"BDAT")
                 self.connection.send(command)
+                self.complete = command.startswith(b"BDAT")
             self._read_reply()
-            if self.replies[0].code == 421 or not (self.pipelined or self.replies[0].ok):
+            if self.replies[0].code == 421 if self.pipelined else self.connection.broken or not self.replies[0].ok:
                 break
 
     def _read_reply(self):
         last_of_chunked = self.chunked and len(self.replies) > len(self.addresses)
-        reply = self.connection.reply(FINAL_REPLY_SECONDS if last_of_chunked else None)
+        # a relay may hold its replies to what came in one write until it has dealt with all of it
+        reply = self.connection.reply(FINAL_REPLY_SECONDS if self.complete else None)
         self.replies.append(reply)
-        self.connection.broken |= reply.code == 421
+        if reply.code == 421:
+            self.lost, self.connection.broken = str(reply), True
         if last_of_chunked:
             self.final = reply
 
@@ -1636,16 +1676,18 @@ class Transaction:
         self.connection.broken |= self.final.code == 421
 
     def _send_content(self):
-        content = itertools.chain(dot_stuffed(self.message.content()), [b".\r\n"]) if self._accepted() else [b".\r\n"]
-        self.complete = bool(self._accepted()) and self.message.whole is not None
+        wanted = bool(self._accepted())
+        content = itertools.chain(dot_stuffed(self.message.content()) if wanted else (), [b".\r\n"])
         try:
-            for chunk in [b"".join(content)] if self.complete else content:
+            for number, chunk in enumerate(content if self.message.whole is None else [b"".join(content)]):
+                if number:  # a relay that takes all at once gets one chunk a turn: the others have theirs
+                    gevent.sleep(0)
                 self.connection.send(chunk)
         except OSError:  # the relay may have said why it stopped listening
-            self.connection.broken = True
-            self.final = self.connection.reply(SAVE_SECONDS)
+            with contextlib.suppress(OSError):
+                self.final = self.connection.reply(LAST_WORDS_SECONDS)
             raise
-        self.complete = bool(self._accepted())
+        self.complete = wanted
 
     def _data_reply(self):
         return self.replies[len(self.addresses) + 1] if len(self.replies) > len(self.addresses) + 1 else None
@@ -1678,10 +1720,8 @@ class Transaction:
 
     def _content_outcome(self):
         data = self._data_reply()
-        if self.final:
-            return Outcome(
-                Verdict.DELIVERED if self.final.ok and self.complete else self.final.verdict, str(self.final)
-            )
+        if self.final and (self.complete or not self.final.ok):
+            return Outcome(Verdict.DELIVERED if self.final.ok else self.final.verdict, str(self.final))
         if data and data.code != 354:
             return Outcome(data.verdict, str(data))
         maybe = " (no reply to the content: the mail may have arrived)" if self.complete else ""
@@ -1705,7 +1745,7 @@ class Security:
         self.mode, self.auth = options.tls, options.smtpauth
         self.user = options.smtpuser or options.smtpmd5user
         self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
-        self._password = given_password(options, environ, self.cram_only)
+        self._password, self._fallback = passwords(options, environ, self.cram_only)
         self._command, self._output = options.smtppasswordcommand, None
         self._seconds = options.timeout
         self._helo = options.helo
@@ -1745,9 +1785,8 @@ class Security:
         for mechanism in wanted:
             if mechanism in offered:
                 return mechanism
-        raise RelayError(
-            f"the relay does not offer AUTH {' or '.join(wanted).upper()} (it offers {' '.join(offered) or 'none'})"
-        )
+        names, others = " or ".join(map(str.upper, wanted)), " ".join(offered) or "none"
+        raise RelayError(f"the relay does not offer AUTH {names} (it offers {others})")
 
     def _authenticate(self, connection, mechanism):
         fresh = self._output is None
@@ -1760,31 +1799,45 @@ class Security:
             authenticate(connection, mechanism, self.user, self.password())
 
     def password(self):
-        """The password or token; the command is asked at the first login, and after one that was refused."""
+        """The password or token: by a flag, else by the command, else by the environment. The command is asked at the
+        first login, and after one that was refused."""
         if self._password or not self._command:
-            return self._password
+            return self._password or self._fallback
         if self._output is None:
             self._output = first_line_of(self._command, self._seconds)
         return self._output
 
 
-def given_password(options, environ, cram):
-    """The password by flag, or else by the environment."""
+def passwords(options, environ, cram):
+    """The password by flag, and the one by the environment."""
     if cram:
-        return options.smtpmd5password or environ.get("SPOOLGORE_SMTPMD5PASSWORD", "")
-    return options.smtppassword or environ.get("SPOOLGORE_SMTPPASSWORD", "")
+        return options.smtpmd5password, environ.get("SPOOLGORE_SMTPMD5PASSWORD", "")
+    return options.smtppassword, environ.get("SPOOLGORE_SMTPPASSWORD", "")
 
 
 def first_line_of(command, seconds):
     """The first line that a shell command prints. Raises RelayError; its output is never part of the text."""
+    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        done = subprocess.run(command, shell=True, stdout=subprocess.PIPE, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise RelayError(f"the password command took longer than {seconds} s") from None
-    lines = done.stdout.decode("utf-8", "surrogateescape").splitlines()
-    if done.returncode or not lines:
-        raise RelayError(f"the password command failed: exit status {done.returncode}, {len(lines)} lines")
-    return lines[0]
+        output = process.communicate(timeout=seconds)[0]
+    except BaseException as error:  # it takes too long, or we are to stop
+        kill_all(process)
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise RelayError(f"the password command took longer than {seconds} s") from None
+        raise
+    if process.returncode:
+        raise RelayError(f"the password command failed with exit status {process.returncode}")
+    if not (line := output.decode("utf-8", "surrogateescape").partition("\n")[0].rstrip("\r")):
+        raise RelayError("the password command printed nothing")
+    return line
+
+
+def kill_all(process):
+    """End the leader of a session and whatever it started."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def tls_context(options):
@@ -1810,18 +1863,16 @@ def check_secrecy(mechanism, connection):
 
 def authenticate(connection, mechanism, user, password):
     """One AUTH exchange. Raises LoginRefused for a 5xx reply, RelayError for another."""
-    step = 0
-    words = ["AUTH", mechanism.upper()]
+    responses = []
     if mechanism in ("plain", "xoauth2"):
-        words.append(encoded(auth_response(mechanism, user, password, b"", step)))
-        step = 1
-    code, text = connection.docmd(" ".join(words))
-    while code == 334 and step < 3:
-        code, text = connection.docmd(encoded(auth_response(mechanism, user, password, decoded(text), step)))
-        step += 1
+        responses.append(encoded(auth_response(mechanism, user, password, b"", 0)))
+    code, text = connection.docmd(" ".join(["AUTH", mechanism.upper(), *responses]))
+    while code == 334 and len(responses) < 3:
+        responses.append(encoded(auth_response(mechanism, user, password, decoded(text), len(responses))))
+        code, text = connection.docmd(responses[-1])
     if code != 235:
         fault = LoginRefused if code >= 500 else RelayError
-        raise fault(redacted(str(Reply(code, readable(text))), user, password))
+        raise fault(redacted(str(Reply(code, readable(text))), password, responses))
 
 
 def auth_response(mechanism, user, password, challenge, step):
@@ -1851,13 +1902,11 @@ def decoded(challenge):
         return b""
 
 
-def redacted(text, user, password):
-    """A relay's reply without the secrets that it may repeat."""
-    responses = [auth_response(mechanism, user, password, b"", 0) for mechanism in ("plain", "xoauth2")]
-    secrets = [password, *map(encoded, [password, *responses])]
-    for secret in filter(None, secrets):
-        text = text.replace(secret, "***")
-    return text
+def redacted(text, password, responses):
+    """A relay's reply without the secrets that it may repeat, whole or in part."""
+    text = text.replace(password, "***") if password else text
+    sent = " ".join(responses)
+    return re.sub(r"[\w+/=]{8,}", lambda word: "***" if word[0] in sent else word[0], text)
 
 
 class Relay:
@@ -1884,12 +1933,13 @@ class Relay:
 
     def send(self, sender, addresses, message):
         """One transaction; returns a dict from address to Outcome. Raises RelayDown when there is no connection."""
+        carefully = False
         while True:
             connection = self._acquire()
             try:
-                return connection.transact(sender, addresses, message)
+                return connection.transact(sender, addresses, message, carefully)
             except Unanswered:
-                continue  # it died while idle, which is nobody's fault
+                carefully = True  # it died while idle, which is nobody's fault, or of this very content
             finally:
                 self._release(connection)
 
@@ -1940,7 +1990,7 @@ class Relay:
         self.dialling += 1
         try:
             connection = self._dial()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001
             return self._dial_failed(error)
         finally:
             self.dialling -= 1
@@ -1950,16 +2000,19 @@ class Relay:
         return connection
 
     def _dial_failed(self, error):
-        """With other connections up the relay has enough of us; with none it is down."""
-        if self.established:
+        """With other connections up the relay has enough of us; with none, or when it refuses the login, it is down."""
+        if self.established and not isinstance(error, LoginRefused):
             self.cap, self._capped = self.established, time.monotonic()
         elif not self.down:
             self._go_down(error)
 
     def _wait(self):
+        """Until there may be a connection, or the relay may take more of them than it did."""
         turn = gevent.event.Event()
         self._waiting.append(turn)
-        turn.wait()
+        turn.wait(CAP_SECONDS)
+        if not turn.is_set():
+            self._waiting.remove(turn)
 
     def _wake(self, count):
         for _ in range(min(count, len(self._waiting))):
@@ -2012,14 +2065,17 @@ class Relay:
             self._probe_now.wait(probe_delay(failures, login_refused))
             failures += 1
             try:
-                self._came_up(self._dial())
-            except OSError as error:
+                connection = self._dial()
+            except Exception as error:  # noqa: BLE001
                 login_refused = isinstance(error, LoginRefused)
                 self._say_down(error)
+            else:
+                self._came_up(connection)
 
     def _came_up(self, connection):
         log.info("relay available again, %s", self.name)
         self.down = ""
+        self.cap = self.limit
         self.established += 1
         self._release(connection)
         self.on_up()
@@ -2517,7 +2573,7 @@ class Spooler:
         self.sent = 0
         self.watching = None
         self.suspended = self.stopping = False
-        self.wanted = {"suspend": False, "reload": False, "flush": False}
+        self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
 
     # -- the loop
 
@@ -2552,7 +2608,7 @@ class Spooler:
     def finished(self):
         if self.stopping:
             return True
-        if not self.options.once or not self.next_scan or self.suspended or any(self.wanted.values()):
+        if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
         return not (self.pool or self.turn_is_near() or self.is_due_before(self.once_until))
 
@@ -2604,6 +2660,9 @@ class Spooler:
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         self.close_watch()
+        if self.suspended:  # what was delivered meanwhile is not in the file yet
+            self.take_edit()
+            self.status.thaw()
         self.status.save()
         self.relay.close()
         log.info("stopped (%d messages in the queue)", self.queued())
@@ -2620,7 +2679,7 @@ class Spooler:
     # -- signals: the handlers set a flag, the loop acts
 
     def ask(self, what):
-        self.wanted[what] = True
+        self.wanted.append(what)
         self.wake.set()
 
     def ask_to_stop(self):
@@ -2630,9 +2689,8 @@ class Spooler:
         self.wake.set()
 
     def act_on_signals(self):
-        wanted, self.wanted = self.wanted, dict.fromkeys(self.wanted, False)
-        for what in [what for what, asked in wanted.items() if asked]:
-            getattr(self, what)()
+        while self.wanted:
+            getattr(self, self.wanted.pop(0))()
 
     def suspend(self):
         self.suspended = True
@@ -2647,6 +2705,11 @@ class Spooler:
         self.relay.poke()
 
     def reload(self):
+        self.take_edit()
+        self.queue_again()
+        self.resume()
+
+    def take_edit(self):
         try:
             self.status.reload()
             log.info("status reloaded")
@@ -2654,8 +2717,6 @@ class Spooler:
             set_aside(self.status, error, self.clock())
         except OSError as error:
             log.error("status not reloaded, %s", describe(error))
-        self.queue_again()
-        self.resume()
 
     def flush(self):
         self.queue_again()
@@ -2884,8 +2945,8 @@ class Spooler:
 
     def show(self, path, reason):
         """The entry says why the mail is not sent."""
-        envelope = self.status.take(path) if path in self.status else new_envelope(None, self.clock())
-        if isinstance(envelope, dict):
+        envelope = self.status.peek(path) if path in self.status else new_envelope(None, self.clock())
+        if isinstance(envelope, dict):  # an edit may have made anything of it
             self.status.put(path, unusable(envelope, reason))
 
     def cannot_read(self, path, error):
@@ -2899,7 +2960,7 @@ class Spooler:
         if not self.owns(mail):
             return self.later(mail.path, self.clock() + max(1, self.options.freq))
         try:
-            message = Message(mail.file, mail.size)
+            message = read_message(mail)
         except BadMessage as error:
             return self.hold(mail.path, seen, f"unable to parse mail file, {error}")
         except OSError as error:
@@ -2975,7 +3036,7 @@ class Spooler:
                 continue
             if problem := address_problem(recipient["Address"]):
                 begin(recipient)
-                self.give_up(path, recipient, f"553 5.1.3 not sent: {problem}")
+                self.give_up(path, recipient, f"553 5.1.3 not sent: {problem}", "bad address")
             else:
                 batch.append(recipient)
         return batch
@@ -3008,7 +3069,7 @@ class Spooler:
             outcomes = self.relay.send(message.sender, addresses, message)
         except RelayDown as error:
             self.turnstile.end(turn, went_out=False)
-            put_back(batch, str(error))
+            put_back(batch, "" if self.stopping else str(error))
             raise
         except gevent.GreenletExit:
             put_back(batch, "stopped in the middle of a transaction: the mail may have arrived")
@@ -3029,33 +3090,33 @@ class Spooler:
             delivered(recipient)
             self.status.delivered(path, address)
             log.info("%s successfully sent to %s", path, address)
-        elif recipient["Attempts"] + 1 >= self.options.attempts or (
-            verdict is Verdict.REFUSED and self.options.fail5xx
-        ):
+        elif recipient["Attempts"] + 1 >= self.options.attempts:
             self.give_up(path, recipient, text)
+        elif verdict is Verdict.REFUSED and self.options.fail5xx:
+            self.give_up(path, recipient, text, "permanent SMTP error")
         else:
             deferred(recipient, text, self.clock())
             log.error("%s SMTP error, mail to %s %s", path, address, text)
         return verdict is Verdict.AGAIN
 
-    def give_up(self, path, recipient, text):
+    def give_up(self, path, recipient, text, reason="max SMTP attempts reached"):
         gave_up(recipient, text)
         log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], text)
-        log.error("%s max SMTP attempts reached for %s ... giving up", path, recipient["Address"])
+        log.error("%s %s for %s ... giving up", path, reason, recipient["Address"])
 
     # -- settling
 
     def settle(self, mail, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
         path = mail.path
-        if not is_settled(envelope):
+        if not self.spool.unchanged(mail):
+            self.replaced(path)
+        elif not is_settled(envelope):
             self.status.commit_deliveries(path)
             if relay_down and self.relay.down:
                 self.held.append(path)
             else:
                 self.later(path, next_attempt(envelope))
-        elif not self.spool.unchanged(mail):
-            self.replaced(path)
         elif has_failed(envelope):
             self.put_aside(mail)
         else:
@@ -3108,6 +3169,14 @@ class Spooler:
             log.info("%s", text)
 
 
+def read_message(mail):
+    """The Message of a claimed mail. A large one is read in a thread: a header of some MB takes seconds to parse, in
+    which nobody else would be served. Raises BadMessage, OSError."""
+    if mail.size < CHUNK:
+        return Message(mail.file, mail.size)
+    return gevent.get_hub().threadpool.apply(Message, (mail.file, mail.size))
+
+
 def age_key(path):
     """Sorts files by age, the oldest first."""
     try:
@@ -3117,9 +3186,9 @@ def age_key(path):
 
 
 def put_back(batch, error):
-    """Recipients that were not asked about wait as before."""
+    """Recipients that were not asked about wait as before; without an error they keep the one that they had."""
     for recipient in batch:
-        postponed(recipient, error)
+        postponed(recipient, error or recipient["Error"])
 
 
 def set_aside(status, error, now):
@@ -3160,6 +3229,22 @@ class LogLine(logging.Formatter):
         if record.exc_info or text.isprintable():
             return text
         return one_line(text)
+
+
+def set_up_streams():
+    """Standard output and error may be closed, or full, or a pipe that nobody reads: that stops nothing."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    atexit.register(empty_streams)
+
+
+def empty_streams():
+    """What cannot be written must not change the exit status (the library reference's note on SIGPIPE)."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def set_up_logging(stream):
@@ -3225,6 +3310,7 @@ def progress_on_terminal(spooler):
 
 def main(argv):
     """Returns the exit status."""
+    set_up_streams()
     set_up_logging(sys.stderr)
     try:
         options = parse_options(argv)

@@ -9,6 +9,7 @@ import contextlib
 import email
 import email.policy
 import email.utils
+import functools
 import io
 import itertools
 import json
@@ -19,13 +20,18 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from bisect import bisect_left
+from datetime import datetime, timedelta, timezone
+from ipaddress import ip_address
 from pathlib import Path
 
 import aiosmtpd.controller
@@ -33,8 +39,11 @@ import aiosmtpd.smtp
 import dkim
 import gevent
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -148,8 +157,9 @@ class Daemon:
 class Received:
     """A mail as a relay received it."""
 
-    def __init__(self, sender, recipients, content):
+    def __init__(self, sender, recipients, content, session=None):
         self.sender, self.recipients, self.content = sender, list(recipients), content
+        self.session = session  # aiosmtpd's
 
     def __repr__(self):
         return f"<{self.sender} {self.recipients} {len(self.content)} octets>"
@@ -162,8 +172,11 @@ class Recorder:
         self.mails = Collector()
         self.rcpt_replies = {}  # address -> reply, or a list of replies for one time each
         self.data_reply = "250 2.0.0 taken"
+        self.most, self.too_many_reply = math.inf, ""  # recipients of one transaction, and what the next one gets
 
     async def handle_RCPT(self, server, session, envelope, address, options):
+        if len(envelope.rcpt_tos) >= self.most:
+            return self.too_many_reply
         reply = self.rcpt_replies.get(address, "250 2.1.5 fine")
         if isinstance(reply, list):
             reply = reply.pop(0) if reply else "250 2.1.5 fine"
@@ -173,7 +186,7 @@ class Recorder:
 
     async def handle_DATA(self, server, session, envelope):
         if self.data_reply.startswith("250"):
-            self.mails.add(Received(envelope.mail_from, envelope.rcpt_tos, envelope.original_content))
+            self.mails.add(Received(envelope.mail_from, envelope.rcpt_tos, envelope.original_content, session))
         return self.data_reply
 
 
@@ -327,7 +340,9 @@ class ScriptedRelay:
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
-                conversation = Conversation(self, self.listener.accept()[0])
+                sock = self.listener.accept()[0]
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                conversation = Conversation(self, sock)
                 self.connections.add(conversation)
                 threading.Thread(target=conversation.run, daemon=True).start()
 
@@ -351,12 +366,15 @@ class Conversation:
         self.unread = bytearray()
         self.ended = threading.Event()
         self.replies = {}
+        self.sender, self.recipients, self.content = None, [], b""
 
     def run(self):
-        with contextlib.suppress(OSError, EOFError):
-            self.relay.serve(self)
-        self.close()
-        self.ended.set()
+        try:
+            with contextlib.suppress(OSError, EOFError):
+                self.relay.serve(self)
+        finally:
+            self.close()
+            self.ended.set()
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -449,16 +467,22 @@ class Conversation:
         self.send(b"250 2.1.0 fine\r\n")
 
     def on_RCPT(self, line):
+        if self.sender is None:
+            return self.send(b"503 5.5.1 MAIL first\r\n")
         self.recipients.append(path_of(line))
-        self.send(b"250 2.1.5 fine\r\n")
+        return self.send(b"250 2.1.5 fine\r\n")
 
     def on_DATA(self, line):
+        if not self.recipients:
+            return self.send(b"554 5.5.1 no valid recipients\r\n")
         self.send(b"354 go ahead\r\n")
-        self.take(self.data())
+        return self.take(self.data())
 
     def on_BDAT(self, line):
         self.content += self.read(int(line.split()[1]))
-        if line.upper().endswith(b" LAST"):
+        if not self.recipients:
+            self.send(b"554 5.5.1 no valid recipients\r\n")
+        elif line.upper().endswith(b" LAST"):
             self.take(self.content)
         else:
             self.send(b"250 2.0.0 fine\r\n")
@@ -466,6 +490,11 @@ class Conversation:
     def take(self, content):
         self.relay.mails.add(Received(self.sender, self.recipients, content))
         self.send(b"250 2.0.0 taken\r\n")
+        self.on_RSET(b"RSET", b"")
+
+    def on_RSET(self, line, reply=b"250 2.0.0 fine\r\n"):
+        self.sender, self.recipients, self.content = None, [], b""
+        self.send(reply)
 
     def on_QUIT(self, line):
         self.send(b"221 2.0.0 bye\r\n")
@@ -723,6 +752,8 @@ ADDRESS_LISTS = [
     ("jörg@bücher.example", ["jörg@bücher.example"]),
     ("root", ["root"]),
     ("<>", []),
+    ("b@x.org, nosuch@ , <nosuch2@>", ["b@x.org", "nosuch@", "nosuch2@"]),
+    ('"a@, b" <c@x.org> (d@)', ["c@x.org"]),
 ]
 
 
@@ -1019,9 +1050,14 @@ def test_size_is_exact_when_the_mail_is_held_whole():
 # ---------------------------------------------- what a relay reads of a message
 
 
-def connection_to(relay):
-    options = options_of("-smtpaddr", relay.address, "-timeout", str(PATIENCE), "-helo", "app.example.org", "spool")
-    return spoolgore.Connection(options.smtpaddr[0], options.timeout).dial(spoolgore.Security(options, {}))
+@functools.cache
+def security_of(*flags):
+    return spoolgore.Security(options_of("-helo", "app.example.org", *flags, "spool"), {})
+
+
+def connection_to(relay, timeout=PATIENCE):
+    """An open Connection in this process."""
+    return spoolgore.Connection(spoolgore.Address("127.0.0.1", relay.port), timeout).dial(security_of())
 
 
 @pytest.mark.parametrize(
@@ -2727,19 +2763,2863 @@ def test_without_inotify_new_mail_is_found_by_scanning(spool, relay, start):
 # ---------------------------------------------------- delivery, retry, given up
 
 
+def write_entries(spool, entries):
+    """A status file from a dict from file name to entry."""
+    text = json.dumps({str(Path(spool) / name): entry for name, entry in entries.items()})
+    (Path(spool) / ".spoolgore.js").write_text(text)
+
+
+def due_in(recipient, moment):
+    """Seconds from the moment until a recipient of the status file is due."""
+    return spoolgore.parse_time(recipient["NextAttempt"]) - moment
+
+
+def given_up(spool):
+    return sorted(os.listdir(spool / ".failed")) if (spool / ".failed").exists() else []
+
+
+def test_each_recipients_own_reply_decides(spool, relay, run):
+    relay.recorder.rcpt_replies["later@x.org"] = ["451 4.7.1 try later"]
+    put(spool, "m1", mail("a@x.org, later@x.org", Cc="b@x.org", Bcc="c@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75
+    assert [received.recipients for received in relay.mails] == [["a@x.org", "b@x.org", "c@x.org"]]
+    states = {address: (r["Status"], r["Attempts"], r["Error"]) for address, r in daemon.recipients("m1").items()}
+    done = (2, 0, "")
+    assert states == {"a@x.org": done, "b@x.org": done, "c@x.org": done, "later@x.org": (0, 1, "451 4.7.1 try later")}
+    entry = daemon.status()["m1"]
+    entry["To"][1]["NextAttempt"] = MOMENT
+    write_entries(spool, {"m1": entry})
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert [received.recipients for received in relay.mails[1:]] == [["later@x.org"]]
+    assert names(spool) == [] and daemon.status() == {}
+
+
+@pytest.mark.parametrize("reply", ["452 4.5.3 too many recipients", "552 too many recipients"])
+def test_a_relay_that_takes_few_recipients_gets_the_rest_at_once(spool, relay, run, reply):
+    relay.recorder.most, relay.recorder.too_many_reply = 3, reply
+    addresses = [f"u{number}@x.org" for number in range(8)]
+    put(spool, "m1", mail(", ".join(addresses)))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 0
+    assert [received.recipients for received in relay.mails] == [addresses[:3], addresses[3:6], addresses[6:]]
+    assert {line.rpartition(" ")[2] for line in daemon.lines if "attempt:" in line} == {"0"}
+
+
+def test_too_many_recipients_is_an_error_when_not_even_one_is_taken(spool, relay, run):
+    relay.recorder.most, relay.recorder.too_many_reply = 0, "452 4.5.3 too many recipients"
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75
+    assert {recipient["Attempts"] for recipient in daemon.recipients("m1").values()} == {1}
+
+
+def test_a_full_mailbox_is_not_too_many_recipients(spool, relay, run):
+    relay.recorder.rcpt_replies["full@x.org"] = "452 4.2.2 mailbox full"
+    put(spool, "m1", mail("a@x.org, full@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.recipients("m1")["full@x.org"]["Attempts"] == 1
+    assert len([line for line in daemon.lines if "sending mail to full@x.org" in line]) == 1
+
+
+STAGES = {  # where the relay says no -> the verb it says it to
+    "sender": {"MAIL": b"%s sender refused\r\n"},
+    "recipient": {"RCPT": b"%s recipient refused\r\n"},
+    "data": {"DATA": b"%s no data please\r\n"},
+}
+
+
+@pytest.mark.parametrize("stage, extensions", [
+    ("sender", ("PIPELINING",)),
+    ("recipient", ()),
+    ("recipient", ("PIPELINING",)),
+    ("data", ("PIPELINING",)),
+    ("data", ("PIPELINING", "CHUNKING")),
+])  # fmt: skip
+def test_retry_grows_by_a_minute_an_attempt_on_any_error(spool, scripted, run, stage, extensions):
+    relay = scripted(extensions)
+    codes = itertools.cycle([b"451", b"550"])
+    template = STAGES[stage]
+    relay.replies = {("BDAT" if verb == "DATA" and "CHUNKING" in extensions else verb): None for verb in template}
+    waits = {0: 1, 1: 2, 28: 29, 29: 30, 30: 30, 97: 30}  # failed attempts so far -> minutes until the next
+    for attempts in waits:
+        put(spool, f"m{attempts}", mail("a@x.org"))
+    write_entries(spool, {f"m{n}": envelope_to(addressee("a@x.org", attempts=n)) for n in waits})
+
+    def refuse(conversation):
+        def reply(line):
+            if line.startswith(b"BDAT"):
+                conversation.read(int(line.split()[1]))
+            return next(iter(template.values())) % next(codes)
+
+        conversation.replies = dict.fromkeys(relay.replies, reply)
+        conversation.serve()
+
+    relay.serve = refuse
+    before = time.time()
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and relay.mails.items == []
+    errors = set()
+    for attempts, minutes in waits.items():
+        recipient = daemon.recipients(f"m{attempts}")["a@x.org"]
+        assert (recipient["Status"], recipient["Attempts"]) == (0, attempts + 1)
+        assert 60 * minutes <= due_in(recipient, before) < 60 * minutes + PATIENCE
+        errors.add(recipient["Error"])
+    text = next(iter(template.values())).decode().strip()
+    assert errors == {text % "451", text % "550"}
+
+
+def test_nobody_is_asked_before_the_time_has_come(spool, scripted, start):
+    relay = scripted()
+    soon, late = (spoolgore.format_time(time.time() + seconds) for seconds in (1.5, 3600))
+    put(spool, "m1", mail("a@x.org, c@x.org"))
+    put(spool, "m2", mail("b@x.org"))
+    m1 = envelope_to(addressee("a@x.org", moment=soon), addressee("c@x.org", moment=late))
+    write_entries(spool, {"m1": m1, "m2": envelope_to(addressee(moment=late))})
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    relay.wait_for(1)
+    assert time.time() >= spoolgore.parse_time(soon)
+    daemon.wait_for_recipient("m1", "a@x.org", Status=2)
+    assert daemon.stop() == 0
+    assert [received.recipients for received in relay.mails.items] == [["a@x.org"]]
+    assert names(spool) == ["m1", "m2"]
+
+
+def test_given_up_after_the_last_attempt_and_only_then(spool, relay, run):
+    replies = relay.recorder.rcpt_replies
+    replies.update({"never@x.org": "550 5.1.1 no such user", "later@x.org": "451 4.7.1 try later"})
+    put(spool, "m1", text := mail("a@x.org, never@x.org"))
+    put(spool, "m2", mail("never@x.org, later@x.org"))
+    m2 = envelope_to(addressee("never@x.org", attempts=2), addressee("later@x.org", attempts=1))
+    write_entries(spool, {"m1": envelope_to(addressee(), addressee("never@x.org", attempts=2)), "m2": m2})
+    daemon = run("-once", "-smtpaddr", relay.address, "-attempts", 3)
+    assert daemon.status_code == 75
+    m1, aside = spool / "m1", spool / ".failed" / "m1"
+    assert (names(spool), given_up(spool)) == (["m2"], ["m1"])  # m2 has somebody who waits
+    assert aside.read_text() == text and stat.S_IMODE(aside.parent.stat().st_mode) == 0o700
+    entries = json.loads((spool / ".spoolgore.js").read_text())
+    assert sorted(entries) == [str(aside), str(spool / "m2")]
+    states = [(r["Status"], r["Attempts"], r["Error"]) for r in entries[str(aside)]["To"]]
+    assert states == [(2, 0, ""), (2, 3, "550 5.1.1 no such user")]
+    states = [(r["Status"], r["Attempts"], r["Error"]) for r in entries[str(spool / "m2")]["To"]]
+    assert states == [(2, 3, "550 5.1.1 no such user"), (0, 2, "451 4.7.1 try later")]
+    of_m1 = [line for line in daemon.lines if line.startswith(f"{m1} ") and ("never" in line or "moved" in line)]
+    assert of_m1 == [
+        f"{m1} sending mail to never@x.org attempt: 2",
+        f"{m1} SMTP error, mail to never@x.org 550 5.1.1 no such user",
+        f"{m1} max SMTP attempts reached for never@x.org ... giving up",
+        f"{m1} moved to {aside}",
+    ]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_mail_that_is_moved_back_goes_to_those_who_failed(spool, relay, start, is_running):
+    replies = relay.recorder.rcpt_replies
+    replies["never@x.org"] = replies["no@x.org"] = "550 5.1.1 no such user"
+    put(spool, "m1", mail("a@x.org, never@x.org", Bcc="no@x.org"))
+    flags = ("-smtpaddr", relay.address, "-attempts", 1)
+    daemon = start(*flags)
+    wait_until(lambda: given_up(spool) == ["m1"])
+    assert is_running or daemon.stop() == 0
+    del replies["never@x.org"]
+    replies["no@x.org"] = "451 4.7.1 try later"
+    (spool / ".failed" / "m1").rename(spool / "m1")
+    daemon = daemon if is_running else start(*flags)
+    wait_until(lambda: given_up(spool) == ["m1"] and len(relay.mails) == 2, "given up again, for one of them")
+    del replies["no@x.org"]
+    (spool / ".failed" / "m1").rename(spool / "m1")
+    relay.wait_for(3)
+    assert [received.recipients for received in relay.mails] == [["a@x.org"], ["never@x.org"], ["no@x.org"]]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0
+    assert given_up(spool) == [] and daemon.status() == {}
+    attempts = [line for line in daemon.lines if "no@x.org attempt:" in line]
+    assert {line.rpartition(" ")[2] for line in attempts} == {"0"}  # a fresh start each time
+
+
+def test_mails_of_one_name_are_given_up_beside_each_other(spool, relay, start):
+    relay.recorder.rcpt_replies.update({f"{name}@x.org": "550 5.1.1 no such user" for name in ("a", "b")})
+    daemon = start("-smtpaddr", relay.address, "-attempts", 1)
+    put(spool, "m1", mail("a@x.org"))
+    wait_until(lambda: given_up(spool) == ["m1"])
+    put(spool, "m1", mail("b@x.org"))
+    wait_until(lambda: given_up(spool) == ["m1", "m1.1"])
+    assert b"To: a@x.org" in (spool / ".failed" / "m1").read_bytes()
+    relay.recorder.rcpt_replies.clear()
+    (spool / ".failed" / "m1.1").rename(spool / "m1.1")
+    assert relay.wait_for(1)[0].recipients == ["b@x.org"]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0
+    assert list(daemon.status()) == ["m1"] and given_up(spool) == ["m1"]
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA"])
+def test_fail5xx_gives_up_at_the_first_permanent_reply(spool, scripted, run, verb):
+    relay = scripted()
+    put(spool, "m1", mail("a@x.org"))
+    relay.replies = {verb: b"450 4.7.0 not now\r\n"}
+    flags = ("-once", "-fail5xx", "-smtpaddr", relay.address)
+    daemon = run(*flags)
+    assert daemon.recipients("m1")["a@x.org"]["Status"] == 0
+    write_entries(spool, {})
+    relay.replies = {verb: b"550 5.7.1 never\r\n"}
+    assert run(*flags).status_code == 0
+    assert (names(spool), given_up(spool)) == ([], ["m1"])
+    assert daemon.recipients("m1")["a@x.org"]["Error"] == "550 5.7.1 never"
+
+
+RELAYS_OWN = {  # a 5xx reply that says nothing about any mail -> extensions, replies, flags
+    "greeting": ((), {}, ()),
+    "EHLO": ((), {"EHLO": b"550 no\r\n", "HELO": b"550 5.7.0 go away\r\n"}, ()),
+    "STARTTLS": (("STARTTLS",), {"STAR": b"554 5.7.0 go away\r\n"}, ()),
+    "AUTH": (("AUTH PLAIN",), {"AUTH": b"535 5.7.0 go away\r\n"}, ("-smtpuser", "u", "-smtppassword", "p")),
+}
+
+
+@pytest.mark.parametrize("stage", RELAYS_OWN)
+def test_fail5xx_is_not_for_what_is_the_relays_own(spool, scripted, run, stage):
+    extensions, replies, flags = RELAYS_OWN[stage]
+    relay = scripted(extensions)
+    relay.replies = replies
+    if stage == "greeting":
+        relay.serve = lambda conversation: (conversation.greet(b"554 5.7.0 go away\r\n"), conversation.flush())
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-fail5xx", "-attempts", 1, *flags, "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and names(spool) == ["m1"] and given_up(spool) == []
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert recipient["Error"].endswith("5.7.0 go away")
+
+
+@pytest.mark.parametrize("text, reason", [
+    ("garbage no header\n", 'unable to parse mail file, malformed MIME header: missing colon: "garbage no header"'),
+    (mail(None), "has no recipients"),
+    (mail("undisclosed-recipients:;", Bcc=""), "has no recipients"),
+])  # fmt: skip
+def test_what_cannot_be_sent_stays_is_said_once_and_goes_when_it_is_mended(spool, relay, start, text, reason):
+    put(spool, "m1", text)
+    put(spool, "m2", text)
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, python=lacking("inotify"))
+    for number in range(3):  # each is found by a scan
+        put(spool, f"other{number}", mail())
+        relay.wait_for(number + 1)
+    assert [line for line in daemon.lines if "/m1 " in line] == [f"{spool}/m1 {reason}"]
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    entry = daemon.status()["m1"]
+    assert entry["Error"] == reason and entry["To"] == entry["Cc"] == entry["Bcc"] == []
+    assert (spool / "m1").read_text() == text
+    daemon.send("SIGURG")
+    put(spool, "m1", mail("mended1@x.org"))
+    (spool / "m2").write_text(mail("mended2@x.org"))  # in place
+    mended = [received.recipients for received in relay.wait_for(5)[3:]]
+    assert sorted(mended) == [["mended1@x.org"], ["mended2@x.org"]]
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and daemon.status() == {}
+
+
+def test_a_mended_mail_goes_at_once(spool, relay, start):
+    put(spool, "m1", "garbage\n")
+    put(spool, "m2", mail(None))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    daemon.wait_for("m1 unable to parse")
+    daemon.wait_for("m2 has no recipients")
+    put(spool, "m1", mail("a@x.org"))
+    (spool / "m2").write_text(mail("b@x.org"))
+    assert sorted(received.recipients for received in relay.wait_for(2)) == [["a@x.org"], ["b@x.org"]]
+
+
+class Gate:
+    """A reply of a ScriptedRelay that is held until the gate is opened; then it is the usual one."""
+
+    def __init__(self):
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, line):
+        self.reached.set()
+        assert self.opened.wait(PATIENCE)
+
+    def wait(self):
+        assert self.reached.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("reply", [None, b"451 4.3.0 later\r\n", b"550 5.1.1 no such user\r\n"])
+@pytest.mark.parametrize("replacement", [None, "another@x.org"])
+def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, start, reply, replacement):
+    """Whatever the relay says then: what is there now is another mail, with no past."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: reply if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-fail5xx")
+    gate.wait()
+    if replacement:
+        put(spool, "m1", mail(replacement))
+    else:
+        (spool / "m1").unlink()
+    gate.opened.set()
+    expected = [["a@x.org"]] * (reply is None) + [[replacement]] * bool(replacement)
+    if replacement:
+        relay.wait_for(len(expected))
+        wait_until(lambda: names(spool) == [])
+    else:
+        daemon.wait_for("m1 successfully sent" if reply is None else "m1 SMTP error")
+    assert daemon.stop() == 0
+    assert [received.recipients for received in relay.mails.items] == expected
+    assert (names(spool), given_up(spool), daemon.status()) == ([], [], {})
+
+
+@pytest.mark.parametrize("is_loop", [False, True])
+def test_a_spool_that_is_away_at_the_end_of_a_transaction(spool, tmp_path, scripted, start, is_loop):
+    """The file is not gone because it cannot be seen."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    gate.wait()
+    spool.rename(tmp_path / "away")
+    if is_loop:
+        spool.symlink_to(spool.name)
+    gate.opened.set()
+    daemon.wait_for("unable to remove mails that are settled")
+    if is_loop:
+        spool.unlink()
+    (tmp_path / "away").rename(spool)
+    assert daemon.stop() == 0 and names(spool) == ["m1"]
+    daemon = start("-smtpaddr", relay.address, "-once", wait=False)
+    assert daemon.wait() == 0 and names(spool) == [] and len(relay.mails.items) == 1
+
+
+def test_a_mail_that_is_removed_while_it_waits_is_forgotten(spool, relay, start):
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    waiting = addressee("b@x.org", attempts=1, moment="2999-01-01T00:00:00Z")
+    write_entries(spool, {"m1": envelope_to(addressee("a@x.org", status=2), waiting)})
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    (spool / "m1").unlink()
+    wait_until(lambda: daemon.status() == {})
+    put(spool, "m1", mail("a@x.org, b@x.org"))  # a new one of the same name is new
+    assert relay.wait_for(1)[0].recipients == ["a@x.org", "b@x.org"]
+
+
 # ----------------------------------------- signals, -once, the printer, the log
+
+
+class Pulse:
+    """Rounds of a daemon's loop, by the signs of life that it gives to a service manager: for what must not happen."""
+
+    def __init__(self, path):
+        self.said = Collector()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.env = {"NOTIFY_SOCKET": str(path), "WATCHDOG_USEC": "40000"}
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self):
+        with contextlib.suppress(OSError):
+            while text := self.socket.recv(4096):
+                self.said.add(text.decode())
+
+    def wait(self, rounds=10):
+        beats = self.said.items.count("WATCHDOG=1")
+        self.said.wait_for(beats + rounds, lambda text: text == "WATCHDOG=1")
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
+@pytest.fixture
+def pulse(tmp_path):
+    beats = Pulse(tmp_path / "notify")
+    yield beats
+    beats.close()
+
+
+FAR = "2999-01-01T00:00:00Z"
+
+
+def changed(old, new):
+    """For Daemon's python argument: the script with one of its figures changed."""
+    code = "import sys; name = sys.argv[1]; del sys.argv[0]; text = open(name).read(); assert {0!r} in text; "
+    code += "__file__ = name; exec(compile(text.replace({0!r}, {1!r}), name, 'exec'))"
+    return sys.executable, "-c", code.format(old, new)
+
+
+def asked_for(relay):
+    """Every recipient that a relay took, sorted."""
+    return sorted(address for received in relay.mails.items for address in received.recipients)
+
+
+def test_sigurg_sends_what_waits(spool, scripted, start):
+    relay = scripted()
+    for name in ("m1", "m2"):
+        put(spool, name, mail("a@x.org, b@x.org"))
+    waiting = envelope_to(addressee("a@x.org", status=2), addressee("b@x.org", attempts=40, moment=FAR))
+    write_entries(spool, {"m1": waiting, "m2": waiting})
+    daemon = start("-smtpaddr", relay.address)
+    daemon.send("SIGURG")
+    assert daemon.wait_for("flushed")[0][20:] == "spool directory flushed (2 messages in the queue)"
+    relay.wait_for(2)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["b@x.org", "b@x.org"]
+
+
+def suspended_in_mid_transaction(spool, scripted, start, **options):
+    """A daemon that was suspended while a mail is in flight: a@x.org is taken then, later@x.org is deferred, and
+    rest@x.org must come in another transaction."""
+    relay, gate = scripted(), Gate()
+    errors = {b"<later@x.org>": [b"451 4.7.1 try later\r\n"] * 9, b"<rest@x.org>": [b"452 4.5.3 enough\r\n"]}
+
+    def refuse(line):
+        left = errors.get(line.partition(b":")[2])
+        return left.pop() if left else None
+
+    relay.replies = {"MAIL": lambda line: gate(line) if b"<flying@" in line else None, "RCPT": refuse}
+    put(spool, "flying", mail("a@x.org, later@x.org, rest@x.org", sender="flying@x.org"))
+    put(spool, "waiting", mail("done@x.org, w@x.org"))
+    waiting = envelope_to(addressee("done@x.org", status=2), addressee("w@x.org", moment=FAR))
+    write_entries(spool, {"waiting": waiting})
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, **options)
+    gate.wait()
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
+    return daemon, relay, gate
+
+
+def snapshot(path):
+    status = path.stat()
+    return path.read_bytes(), status.st_mtime_ns, status.st_ino
+
+
+def edited(daemon):
+    """Edit the status file: w@x.org is due, and nobody has got anything of the mail that is in flight."""
+    entries = daemon.status()
+    entries["waiting"]["To"][1]["NextAttempt"] = MOMENT
+    for recipient in entries["flying"]["To"]:
+        assert recipient["Status"] == 1
+        recipient.update(Status=0, NextAttempt=FAR)
+    write_entries(daemon.spool, entries)
+
+
+def test_a_suspension_lasts_and_an_edit_takes_effect_at_its_end(spool, scripted, start, pulse):
+    hasty = changed("SAVE_SECONDS = 1 ", "SAVE_SECONDS = 0.01 ")  # it would write at once, if it could
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env, python=hasty)
+    file = spool / ".spoolgore.js"
+    before = snapshot(file)
+    put(spool, "new", mail("new@x.org"))
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    pulse.wait()
+    assert snapshot(file) == before and names(spool) == ["flying", "new", "waiting"]
+    edited(daemon)
+    before = snapshot(file)
+    pulse.wait()
+    assert snapshot(file) == before and asked_for(relay) == ["a@x.org"]
+    daemon.send("SIGHUP")
+    daemon.wait_for("status reloaded")
+    relay.wait_for(3)
+    wait_until(lambda: names(spool) == ["flying"])
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "new@x.org", "w@x.org"]
+    left = daemon.recipients("flying")
+    assert (left["a@x.org"]["Status"], left["later@x.org"]["NextAttempt"]) == (2, FAR)
+
+
+def test_sigurg_ends_a_suspension(spool, scripted, start, pulse):
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env)
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    put(spool, "new", mail("new@x.org"))
+    pulse.wait()
+    assert asked_for(relay) == ["a@x.org"]
+    daemon.send("SIGURG")
+    relay.wait_for(4)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "new@x.org", "rest@x.org", "w@x.org"]
+
+
+def test_a_daemon_that_is_stopped_while_suspended_keeps_the_edit_and_the_deliveries(spool, scripted, start):
+    daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start)
+    gate.opened.set()
+    daemon.wait_for("flying SMTP error, mail to later@x.org")
+    edited(daemon)
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org"]
+    assert [recipient["Status"] for recipient in daemon.recipients("flying").values()] == [2, 0, 0]
+    assert daemon.recipients("waiting")["w@x.org"]["NextAttempt"] == MOMENT
+
+
+def test_a_reload_sends_nothing_twice(spool, scripted, start):
+    """Neither what is in flight, nor what was delivered since the file was written, nor what is gone by then."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {
+        "MAIL": lambda line: gate(line) if b"<flying@" in line else None,
+        "RCPT": lambda line: b"451 4.7.1 try later\r\n" if b"<later@" in line else None,
+    }
+    for name in ("flying", "partly", "whole"):
+        put(spool, name, mail("a@x.org, later@x.org" if name == "partly" else "b@x.org", sender=f"{name}@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    gate.wait()
+    daemon.wait_for("partly SMTP error, mail to later@x.org")
+    wait_until(lambda: names(spool) == ["flying", "partly"])
+    flying, partly = envelope_to(addressee("b@x.org")), envelope_to(addressee("a@x.org"), addressee("later@x.org"))
+    wait_until(lambda: daemon.recipients("partly").get("a@x.org", {}).get("Status") == 2)
+    partly["To"][0]["Status"] = 2
+    write_entries(spool, {"flying": flying, "partly": partly, "whole": flying})
+    for number in range(3):
+        daemon.send("SIGHUP")
+        daemon.wait_for("status reloaded", number + 1)
+    gate.opened.set()
+    relay.wait_for(3)
+    wait_until(lambda: names(spool) == ["partly"])
+    assert daemon.stop() == 0
+    assert asked_for(relay) == ["a@x.org", "b@x.org", "b@x.org"]
+    assert list(daemon.status()) == ["partly"]
+
+
+def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
+    relay, count = scripted(), 5000
+    text = mail().encode()
+    for number in range(count):
+        (spool / f"m{number}").write_bytes(text)
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 20)
+    relay.wait_for(100)
+    words = {"SIGTSTP": "suspended", "SIGHUP": "reloaded", "SIGURG": "flushed", "SIGTERM": "stopped"}
+    for name, word in words.items():
+        asked = time.monotonic()
+        daemon.send(name)
+        daemon.wait_for(word)
+        assert time.monotonic() - asked < 10
+    assert daemon.wait() == 0
+    left = len(names(spool))
+    assert 0 < left < count and len(relay.mails.items) == count - left
+    assert len([line for line in daemon.lines if "successfully" in line]) == count - left
+
+
+@pytest.mark.parametrize("asked, suspended", [
+    (["suspend"], True),
+    (["suspend", "reload"], False),
+    (["reload", "suspend"], True),
+    (["suspend", "flush"], False),
+    (["flush", "suspend", "suspend"], True),
+])  # fmt: skip
+def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
+    options = spoolgore.parse_options(["-smtpaddr", "-", str(spool)])
+    spooler = spoolgore.Spooler(options, spoolgore.Spool(spool), status, spoolgore.Turnstile([], "", lambda: NOW))
+    spooler.relay = spoolgore.Printer(io.BytesIO())
+    for what in asked:
+        spooler.ask(what)
+    spooler.act_on_signals()
+    assert (spooler.suspended, status.thawed.is_set()) == (suspended, not suspended)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_what_is_in_flight_finishes_and_nothing_else_begins(spool, scripted, start, pulse, name):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: b"451 4.7.1 later\r\n" if b"<later@" in line else None}
+    put(spool, "m1", mail("a@x.org, later@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 1, env=pulse.env)
+    gate.wait()
+    put(spool, "m2", mail("b@x.org"))
+    daemon.send(name)
+    pulse.said.wait_for(1, lambda text: text.startswith("STOPPING=1"))
+    put(spool, "m3", mail("c@x.org"))
+    gate.opened.set()
+    assert daemon.wait() == 0
+    assert asked_for(relay) == ["a@x.org"] and names(spool) == ["m1", "m2", "m3"]
+    states = [(recipient["Status"], recipient["Attempts"]) for recipient in daemon.recipients("m1").values()]
+    assert states == [(2, 0), (0, 1)]
+    assert stat.S_IMODE((spool / ".spoolgore.js").stat().st_mode) == 0o600
+    assert daemon.lines[-1].startswith("stopped (")
+
+
+def test_a_second_signal_ends_it_at_once(spool, scripted, start, pulse):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, env=pulse.env)
+    gate.wait()
+    daemon.send("SIGTERM")
+    pulse.said.wait_for(1, lambda text: text.startswith("STOPPING=1"))
+    daemon.send("SIGINT")
+    assert daemon.wait() == 1
+    assert not [line for line in daemon.lines if "stopped" in line] and names(spool) == ["m1"]
+    gate.opened.set()
+    start("-smtpaddr", relay.address)
+    assert relay.wait_for(1)[0].recipients == ["a@x.org"]
+
+
+def test_what_is_in_flight_for_too_long_at_the_end_waits_again(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, python=changed("STOP_SECONDS = 10 ", "STOP_SECONDS = 0.2 "))
+    gate.wait()
+    assert daemon.stop() == 0
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert recipient["Error"].endswith("the mail may have arrived")
+    gate.opened.set()
+
+
+def a_subdirectory(spool):
+    (spool / "sub").mkdir()
+    put(spool / "sub", "m1", mail())
+
+
+def a_mail_that_is_not_due(spool):
+    put(spool, "m1", mail())
+    write_entries(spool, {"m1": envelope_to(addressee(moment=FAR))})
+
+
+@pytest.mark.parametrize("prepare, code, sent", [
+    (lambda spool: None, 0, 0),
+    (a_subdirectory, 0, 0),
+    (a_mail_that_is_not_due, 75, 0),
+    (lambda spool: put(spool, "m1", "garbage\n"), 75, 0),
+    (lambda spool: [put(spool, f"m{number}", mail()) for number in range(250)], 0, 250),
+])  # fmt: skip
+def test_once(spool, scripted, run, prepare, code, sent):
+    relay = scripted()
+    prepare(spool)
+    assert run("-once", "-smtpaddr", relay.address).status_code == code
+    assert len(relay.mails.items) == sent
+    assert len(relay.connections.items) <= sent
+
+
+def test_the_printer(spool):
+    put(spool, "m1", mail("Alice <a@x.org>", sender="App <app@x.org>", Bcc="b@x.org", body=".\nGrüße\n"))
+    put(spool, "m2", mail("c@x.org", sender=""))
+    done = spoolgore_run("-once", "-smtpaddr", "-", spool)
+    assert (done.returncode, names(spool)) == (0, [])
+    assert done.stdout == (
+        "MAIL FROM:<app@x.org>\nRCPT TO:<a@x.org>\nRCPT TO:<b@x.org>\n\n"
+        "From: App <app@x.org>\nTo: Alice <a@x.org>\nSubject: a test\n\n.\nGrüße\n\n"
+        "MAIL FROM:<>\nRCPT TO:<c@x.org>\n\nFrom: \nTo: c@x.org\nSubject: a test\n\nHello.\n\n"
+    )
+    assert [line[20:] for line in done.stderr.splitlines() if "m2 " in line] == [
+        f"{spool}/m2 sending mail to c@x.org attempt: 0",
+        f"{spool}/m2 successfully sent to c@x.org",
+    ]
+
+
+AS_A_USER = {"PYTHONUNBUFFERED": ""}  # whatever the tests run under
+
+
+def test_what_cannot_be_printed_waits(spool):
+    put(spool, "m1", mail())
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(SCRIPT), "-once", "-smtpaddr", "-", str(spool)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env={**os.environ, **AS_A_USER})
+    assert done.returncode == 75 and names(spool) == ["m1"]
+    entry = next(iter(json.loads((spool / ".spoolgore.js").read_text()).values()))
+    assert entry["To"][0]["Error"] == "No space left on device"
+    assert b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", ""])
+def test_the_standard_streams_stop_nothing(spool, relay, streams):
+    """Closed, full, or (the last) a pipe that nobody reads."""
+    put(spool, "m1", mail())
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = ["sh", "-c", f'exec "$0" "$@" {streams}', sys.executable, str(SCRIPT), "-once", "-smtpaddr"]
+    done = subprocess.run([*command, relay.address, str(spool)], stderr=write_end, env={**os.environ, **AS_A_USER})
+    os.close(write_end)
+    assert done.returncode == 0 and len(relay.mails) == 1 and names(spool) == []
+
+
+def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, start):
+    replies = relay.recorder.rcpt_replies
+    replies["later@x.org"] = "451-4.7.1 try\r\n451 4.7.1 later"
+    put(spool, "m1", mail("a@x.org, later@x.org"))
+    put(spool, "line\nbreak", mail("b@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("successfully sent", 2)
+    daemon.wait_for("SMTP error")
+    for name, word in (("SIGTSTP", "suspended"), ("SIGHUP", "reloaded"), ("SIGURG", "flushed")):
+        daemon.send(name)
+        daemon.wait_for(word)
+    daemon.wait_for("SMTP error", 2)
+    assert daemon.stop() == 0
+    for line in daemon.log.items:
+        moment = time.strptime(line[:20], "%Y/%m/%d %H:%M:%S ")
+        assert abs(time.mktime(moment) - time.time()) < 3600
+    m1, other = f"{spool}/m1", f"{spool}/line break"
+    expected = [
+        f"--- starting Spoolgore (pid: {daemon.process.pid}) on directory {spool} ---",
+        f"{m1} sending mail to a@x.org attempt: 0",
+        f"{m1} sending mail to later@x.org attempt: 0",
+        f"{other} sending mail to b@x.org attempt: 0",
+        f"{m1} successfully sent to a@x.org",
+        f"{m1} SMTP error, mail to later@x.org 451 4.7.1 try 4.7.1 later",
+        f"{other} successfully sent to b@x.org",
+        "Spoolgore is suspended, send SIGHUP or SIGURG to unpause it",
+        "status reloaded",
+        "spool directory flushed (1 messages in the queue)",
+        f"{m1} sending mail to later@x.org attempt: 1",
+        f"{m1} SMTP error, mail to later@x.org 451 4.7.1 try 4.7.1 later",
+        "stopped (1 messages in the queue)",
+    ]
+    assert sorted(daemon.lines) == sorted(expected)
+    assert [line for line in daemon.lines if "m1" in line] == [line for line in expected if "m1" in line]
+
+
+def test_nothing_is_said_again_at_every_scan(spool, tmp_path, start, pulse):
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", f"127.0.0.1:{free_port()}", "-freq", 0, env=pulse.env)
+    daemon.wait_for("relay unavailable, 127.0.0.1")
+    os.mkfifo(spool / "fifo")
+    (spool / "link").symlink_to("/etc/passwd")
+    put(spool, "empty", b"")
+    daemon.wait_for("not a regular file", 2)
+    daemon.wait_for("has no recipients")
+    pulse.wait(20)
+    spool.rename(tmp_path / "away")
+    daemon.wait_for("unable to access spool directory, No such file or directory")
+    pulse.wait(20)
+    (tmp_path / "away").rename(spool)
+    daemon.wait_for("spool directory is accessible again")
+    pulse.wait(20)
+    assert daemon.stop() == 0
+    assert len(set(daemon.lines)) == len(daemon.lines)
+    words = ["unavailable", "not a regular file", "not a regular file", "no recipients", "unable", "accessible"]
+    assert sorted(word for line in daemon.lines for word in dict.fromkeys(words) if word in line) == sorted(words)
+
+
+# -- the status file, from outside
+
+OF_A_LIVE_SPOOL = """{
+	"%(spool)s/m1": {
+		"From": "Foo Bar \\u003cfoo@example.com\\u003e",
+		"To": [
+			{
+				"Address": "delivered@x.org",
+				"Status": 2,
+				"Attempts": 0,
+				"NextAttempt": "2026-11-24T06:37:24.977808629Z",
+				"Error": ""
+			},
+			{
+				"Address": "deferred@x.org",
+				"Status": 0,
+				"Attempts": 2,
+				"NextAttempt": "2026-11-24T07:39:26.985960084+01:00",
+				"Error": "451 4.7.1 try later"
+			}
+		],
+		"Cc": [
+			{
+				"Address": "inprogress@x.org",
+				"Status": 1,
+				"Attempts": 0,
+				"NextAttempt": "2026-11-24T06:37:24.977808629Z",
+				"Error": ""
+			}
+		],
+		"Bcc": [
+			{
+				"Address": "notyet@x.org",
+				"Status": 0,
+				"Attempts": 1,
+				"NextAttempt": "2999-11-24T06:37:24.977808629Z",
+				"Error": "dial tcp 127.0.0.1:25: connect: connection refused"
+			}
+		],
+		"Attempts": 0,
+		"Enqueued": "2026-11-24T06:37:24.977808629Z"
+	},
+	"%(spool)s/gone": {
+		"From": "foo@example.com",
+		"To": [],
+		"Cc": [],
+		"Bcc": [],
+		"Attempts": 0,
+		"Enqueued": "2026-11-24T06:37:24.977808629Z"
+	}
+}"""
+
+
+def test_a_spool_is_taken_over_from_the_original_and_can_be_given_back(spool, relay, run):
+    put(spool, "m1", mail("delivered@x.org, deferred@x.org", Cc="inprogress@x.org", Bcc="notyet@x.org"))
+    put(spool, "unseen", mail("new@x.org"))
+    (spool / ".spoolgore.js").write_text(OF_A_LIVE_SPOOL % {"spool": spool})
+    relay.recorder.rcpt_replies["inprogress@x.org"] = "450 4.2.0 not now"
+    daemon = run("-smtpaddr", relay.address, "-freq=1", "--attempts=100", "-once")
+    assert daemon.status_code == 75
+    assert sorted(received.recipients for received in relay.mails) == [["deferred@x.org"], ["new@x.org"]]
+    entries = json.loads((spool / ".spoolgore.js").read_text())
+    assert list(entries) == [f"{spool}/m1"]
+    entry = entries[f"{spool}/m1"]
+    assert list(entry) == ["From", "To", "Cc", "Bcc", "Attempts", "Enqueued"]
+    assert (entry["From"], entry["Attempts"]) == ("Foo Bar <foo@example.com>", 0)
+    people = [*entry["To"], *entry["Cc"], *entry["Bcc"]]
+    assert [(person["Status"], person["Attempts"]) for person in people] == [(2, 0), (2, 2), (0, 1), (0, 1)]
+    types = [str, int, int, str, str]
+    assert {tuple(map(type, person.values())) for person in people} == {tuple(types)}
+    assert {tuple(person) for person in people} == {("Address", "Status", "Attempts", "NextAttempt", "Error")}
+    rfc3339 = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)"
+    assert all(re.fullmatch(rfc3339, time) for time in [entry["Enqueued"], *(p["NextAttempt"] for p in people)])
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_corrupt_status_file_is_set_aside_and_said(spool, relay, start, is_running):
+    text = b'{"half": {"From": "a'
+    file = spool / ".spoolgore.js"
+    if not is_running:
+        file.write_bytes(text)
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", relay.address)
+    relay.wait_for(1)
+    if is_running:
+        wait_until(lambda: not names(spool))
+        daemon.send("SIGTSTP")
+        daemon.wait_for("suspended")
+        file.write_bytes(text)
+        daemon.send("SIGHUP")
+    line = daemon.wait_for("corrupt status file")[0]
+    assert daemon.stop() == 0
+    aside = [path for path in spool.iterdir() if ".corrupt-" in path.name]
+    assert [path.read_bytes() for path in aside] == [text]
+    assert re.fullmatch(r"\.spoolgore\.js\.corrupt-\d{8}T\d{6}Z", aside[0].name)
+    assert line.endswith(f": moved to {aside[0]}")
+    assert daemon.status() == {}
+    assert len([line for line in daemon.lines if line.startswith("corrupt status file")]) == 1
+
+
+def test_a_status_file_that_cannot_be_written_is_said_once_and_stops_nobody(spool, tmp_path, relay, start):
+    relay.recorder.rcpt_replies["later@x.org"] = "451 4.7.1 try later"
+    file = tmp_path / "nowhere" / "status.js"
+    daemon = start("-smtpaddr", relay.address, "-json", file)
+    for number in range(3):  # each wants to be on the disk before it goes on
+        put(spool, f"m{number}", mail("a@x.org, later@x.org"))
+        relay.wait_for(number + 1)
+    put(spool, "whole", mail("b@x.org"))
+    wait_until(lambda: names(spool) == ["m0", "m1", "m2"])
+    file.parent.mkdir()
+    wait_until(file.exists)
+    assert daemon.stop() == 0
+    assert len([line for line in daemon.lines if "unable to write status file" in line]) == 1
+    entries = json.loads(file.read_text())
+    assert sorted(entries) == [f"{spool}/m{number}" for number in range(3)]
+    assert {tuple(recipient["Status"] for recipient in entry["To"]) for entry in entries.values()} == {(2, 0)}
+
+
+@pytest.mark.parametrize("directory, way", [
+    ("spool", "spool/status.json"),
+    ("spool", "spool/../spool/sub/../status.json"),
+    ("spool", "link/status.json"),
+    ("link", "spool/status.json"),
+])  # fmt: skip
+def test_a_status_file_in_the_spool_is_never_a_mail(spool, tmp_path, relay, start, way, directory):
+    (tmp_path / "link").symlink_to("spool")
+    (spool / "sub").mkdir()
+    relay.recorder.rcpt_replies["later@x.org"] = "451 4.7.1 try later"
+    flags = ("-smtpaddr", relay.address, "-freq", 0, "-json", way)
+    daemon = start(*flags, directory=directory, cwd=tmp_path, python=lacking("inotify"))
+    put(spool, "m0", mail("a@x.org, later@x.org"))
+    wait_until((spool / "status.json").exists)
+    for number in (1, 2):  # each is found by a scan
+        put(spool, f"m{number}", mail())
+        relay.wait_for(number + 1)
+    assert daemon.stop() == 0
+    assert list(json.loads((spool / "status.json").read_text())) == [f"{tmp_path}/{directory}/m0"]
+    assert not [line for line in daemon.lines if "status.json" in line]
+    assert names(spool) == ["m0", "status.json", "sub"]
+
+
+MALFORMED = {  # an entry that an edit left, and what is said of it
+    "list": ([1, 2], "not an object"),
+    "text": ("x", "not an object"),
+    "null": (None, "not an object"),
+    "to": (envelope_to(To={"Address": "a@x.org"}), "To is not a list"),
+    "bare": (envelope_to("a@x.org"), "a recipient is not an object"),
+    "status": (envelope_to(addressee(status=3)), "a recipient's Status is not 0, 1 or 2"),
+    "words": (envelope_to(addressee(status="done")), "a recipient's Status is missing or of the wrong type"),
+    "time": (envelope_to(addressee(moment="tomorrow")), "not a time: tomorrow"),
+    "half": (envelope_to({"Address": "a@x.org"}), "a recipient's Status is missing or of the wrong type"),
+}
+
+
+def test_malformed_entries_hold_their_mails_and_stop_nobody(spool, relay, start, pulse):
+    for name in MALFORMED:
+        put(spool, name, mail("a@x.org"))
+    put(spool, "garbage", "garbage\n")
+    put(spool, "fine", mail("fine@x.org"))
+    entries = {name: entry for name, (entry, _) in MALFORMED.items()}
+    entries["garbage"] = [1]
+    write_entries(spool, entries)
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, env=pulse.env)
+    relay.wait_for(1)
+    daemon.wait_for("is held", len(MALFORMED))
+    daemon.wait_for("garbage unable to parse")
+    pulse.wait()
+    held = sorted(line for line in daemon.lines if "is held" in line)
+    why = "is held, its entry in the status file is malformed"
+    assert held == sorted(f"{spool}/{name} {why}: {reason}" for name, (_, reason) in MALFORMED.items())
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    assert daemon.status() == entries  # nothing of them is lost
+    write_entries(spool, {name: envelope_to(addressee(f"{name}@x.org")) for name in MALFORMED})
+    daemon.send("SIGHUP")
+    relay.wait_for(len(MALFORMED) + 1)
+    wait_until(lambda: names(spool) == ["garbage"])
+    assert daemon.stop() == 0
+    assert daemon.status() == {"garbage": [1]}
+    assert asked_for(relay.recorder) == sorted(f"{name}@x.org" for name in [*MALFORMED, "fine"])
 
 
 # ---------------------------------------------------------- faults of the relay
 
+# Before a transaction: a fault of the relay as a whole. After each of these the connection is dead.
+
+
+def hold(talk):
+    """Say nothing more, but keep the connection until the client ends it."""
+    with contextlib.suppress(EOFError):
+        while True:
+            talk.receive()
+    raise EOFError
+
+
+def drip(talk, text):
+    """Two octets a second, for ever."""
+    for octet in itertools.cycle(text):
+        talk.send(bytes([octet]))
+        talk.flush()
+        time.sleep(0.5)
+
+
+def say_and_close(text):
+    def serve(talk):
+        talk.send(text)
+        talk.flush()
+        raise EOFError
+
+    return serve
+
+
+def after_ehlo(*replies):
+    """A relay that gives these replies to EHLO and what follows it, then none."""
+
+    def serve(talk):
+        talk.greet()
+        for reply in replies:
+            talk.line()
+            talk.send(reply)
+        hold(talk)
+
+    return serve
+
+
+NO_RELAY = {  # what is dialled, and what the status says
+    "accepts and is silent": (hold, "timed out waiting for the relay's reply"),
+    "closes at once": (say_and_close(b""), "connection closed by the relay"),
+    "closes after the banner": (say_and_close(b"220 hello\r\n"), "connection closed by the relay"),
+    "two octets a second": (lambda talk: drip(talk, b"220-hello\r\n"), "timed out waiting for the relay's reply"),
+    "200,000 lines": (say_and_close(b"220-hello\r\n" * 200_000), "not an SMTP reply: 220-hello"),
+    "a line of 1 MB": (say_and_close(b"220 " + b"x" * 2**20), "not an SMTP reply: 220 xxxx"),
+    "garbage": (say_and_close(bytes(range(256)) * 10 + b"\n"), "not an SMTP reply: "),
+    "refuses with 421": (say_and_close(b"421 4.3.2 busy\r\n"), "421 4.3.2 busy"),
+    "refuses with 554": (say_and_close(b"554 no service\r\n"), "554 no service"),
+    "421 to EHLO": (after_ehlo(b"421 4.3.2 not now\r\n"), "421 4.3.2 not now"),
+    "silent in the TLS handshake": (
+        after_ehlo(b"250-hi\r\n250 STARTTLS\r\n", b"220 go ahead\r\n"),
+        "timed out in the TLS handshake",
+    ),
+}
+
+
+def test_relays_that_cannot_be_used_cost_no_attempt(spool, scripted, start):
+    texts = {scripted(serve=serve).address: text for serve, text in NO_RELAY.values()}
+    texts[f"127.0.0.1:{free_port()}"] = "Connection refused"
+    texts[f"nowhere.invalid:{free_port()}"] = "(Name or service not known|.*failure in name resolution)"
+    daemon = start("-smtpaddr", ",".join(texts), "-timeout", 1)
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    bob = wait_until(lambda: found if (found := daemon.recipients("m1").get("b@x.org", {})).get("Error") else None)
+    for (address, text), error in zip(texts.items(), bob["Error"].split("; ")):
+        assert re.match(f"{re.escape(address)}: {text}", error)
+        assert daemon.wait_for(f"relay unavailable, {re.escape(address)}: {text}")
+    assert (bob["Status"], bob["Attempts"], bob["NextAttempt"]) == (0, 0, daemon.status()["m1"]["Enqueued"])
+    assert names(spool) == ["m1"]
+    assert len([line for line in daemon.lines if "unavailable" in line]) == len(texts)  # each is said once
+    assert daemon.stop() == 0
+
+
+# In a transaction: the sender's local part says what goes wrong. The fault of one mail is an attempt of that mail.
+
+
+def stop_reading(talk):
+    talk.flush()
+    talk.relay.over.wait(PATIENCE)
+    raise EOFError
+
+
+def close(talk):
+    talk.flush()
+    raise EOFError
+
+
+def say(text, then=close):
+    def act(talk):
+        talk.send(text)
+        then(talk)
+
+    return act
+
+
+def refuse_unread(talk):
+    """Refuse the content when little of it was read, and hear no more."""
+    talk.receive()
+    say(b"552 5.3.4 too much\r\n", then=stop_reading)(talk)
+
+
+def read_a_little(then):
+    def act(talk):
+        talk.receive()
+        then(talk)
+
+    return act
+
+
+MAYBE = re.escape(" (no reply to the content: the mail may have arrived)")
+CLOSED, SILENT = (
+    "connection closed by the relay|Connection reset by peer|Broken pipe",
+    "timed out waiting for the relay's reply",
+)
+DEAF = "timed out, the relay does not read what it is sent"
+SICK = {  # the sender: the command that it happens at, what the relay does, and the recipient's Error
+    "closes-after-mail": ("MAIL", close, CLOSED),
+    "closes-after-rcpt": ("RCPT", close, CLOSED),
+    "silent-after-mail": ("MAIL", hold, SILENT),
+    "silent-after-rcpt": ("RCPT", hold, SILENT),
+    "drips": ("MAIL", lambda talk: drip(talk, b"250-\r\n"), SILENT),
+    "garbage": ("MAIL", say(b"\x00\xff\r\n", then=hold), "not an SMTP reply: "),
+    "many-lines": ("RCPT", say(b"250-fine\r\n" * 200_000), "not an SMTP reply: 250-fine"),
+    "long-line": ("RCPT", say(b"250 " + b"x" * 2**20), "not an SMTP reply: 250 xxx"),
+    "ends-at-mail": ("MAIL", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "ends-at-rcpt": ("RCPT", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "ends-after-content": ("take", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
+    "closes-after-content": ("take", close, f"(?:{CLOSED}){MAYBE}"),
+    "large-closes-in-content": ("content", read_a_little(then=close), CLOSED),
+    "large-deaf-in-content": ("content", read_a_little(then=stop_reading), DEAF),
+    "large-refused-in-content": ("content", refuse_unread, "552 5.3.4 too much"),
+}
+
+
+def sickroom(talk):
+    """Serve, and do to each mail what its sender asks for."""
+
+    def fault(place, talk=talk):
+        sender = getattr(talk, "sender", "").partition("@")[0]
+        if SICK.get(sender, ("", None))[0] == place:
+            talk.relay.sick.add(sender)
+            SICK[sender][1](talk)
+
+    def on_mail(line):
+        talk.on_MAIL(line)
+        talk.pending = talk.pending[: -len(b"250 2.1.0 fine\r\n")]
+        fault("MAIL")
+        return b"250 2.1.0 fine\r\n"
+
+    def on_rcpt(line):
+        fault("RCPT")
+
+    def on_data(line):
+        talk.send(b"354 go ahead\r\n")
+        talk.flush()
+        fault("content")
+        talk.take(talk.data())
+        return b""
+
+    def take(content):
+        fault("take")
+        Conversation.take(talk, content)
+
+    talk.take, talk.replies = take, {"MAIL": on_mail, "RCPT": on_rcpt, "DATA": on_data}
+    talk.serve()
+
+
+@pytest.fixture
+def sick_relay(scripted):
+    def starter(*extensions):
+        relay = scripted(extensions, serve=sickroom)
+        relay.sick, relay.over = Collector(), threading.Event()
+        started.append(relay)
+        return relay
+
+    started = []
+    yield starter
+    for relay in started:
+        relay.over.set()
+
+
+def put_sick(spool, name):
+    large = "a line of thirty-two octets.....\n" * 2**19 if name.startswith("large") else ""  # more than sockets hold
+    put(spool, name, mail("a@x.org", f"{name}@example.org", large))
+
+
+def test_a_transaction_that_goes_wrong_is_an_attempt_of_its_mail(spool, sick_relay, start):
+    relay = sick_relay("PIPELINING")
+    daemon = start("-smtpaddr", relay.address, "-timeout", 1)
+    healthy = [f"healthy{number}@example.org" for number in range(20)]
+    for name in SICK:
+        put_sick(spool, name)
+    for sender in healthy:
+        put(spool, sender, mail("a@x.org", sender))
+    relay.wait_for(len(healthy))
+    daemon.wait_for("SMTP error", len(SICK))
+    daemon.stop()
+    entries = daemon.status()
+    assert names(spool) == sorted(entries) == sorted(SICK)
+    assert sorted(received.sender for received in relay.mails.items) == sorted(healthy)
+    for name, (_, _, text) in SICK.items():
+        (alice,) = entries[name]["To"]
+        assert re.match(rf"(?:{text})(?!{MAYBE})", alice["Error"]), name
+        assert (alice["Status"], alice["Attempts"]) == (0, 1), name
+        assert spoolgore.parse_time(alice["NextAttempt"]) > spoolgore.parse_time(entries[name]["Enqueued"]) + 59
+    assert not [line for line in daemon.lines if "unavailable" in line or "Traceback" in line]
+
+
+def test_a_sick_connection_holds_up_nobody_else(spool, sick_relay, start):
+    """With the usual time limits, so that all that is sick stays so until the end."""
+    relay = sick_relay("PIPELINING")
+    daemon = start("-smtpaddr", relay.address)
+    sick = ["drips", "large-deaf-in-content", "silent-after-mail", "silent-after-rcpt"]
+    for name in sick:
+        put_sick(spool, name)
+    relay.sick.wait_for(len(sick))
+    for number in range(50):
+        put(spool, f"m{number}", mail(sender=f"healthy{number}@example.org"))
+    relay.wait_for(50)
+    wait_until(lambda: names(spool) == sick)
+    assert not [line for line in daemon.lines if "error" in line]
+
+
+OFFERS = [("8BITMIME",), ("PIPELINING",), ("CHUNKING",), ("PIPELINING", "CHUNKING")]
+
+
+def send_to_alice(connection):
+    """The outcome of a mail with one recipient."""
+    message = read_message(mail().encode())
+    return connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+
+
+@pytest.mark.parametrize("extensions", [("PIPELINING",), ("PIPELINING", "CHUNKING")], ids=" and ".join)
+def test_a_relay_may_take_longer_over_a_whole_mail_than_over_a_command(scripted, extensions):
+    def serve(talk):
+        talk.take = lambda content: (time.sleep(0.6), Conversation.take(talk, content))
+        talk.serve()
+
+    connection = connection_to(scripted(extensions, serve=serve), timeout=0.5)
+    assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_the_reply_to_the_content_has_a_deadline_of_its_own(scripted, monkeypatch, extensions):
+    def serve(talk):
+        talk.take = lambda content: hold(talk)
+        talk.serve()
+
+    monkeypatch.setattr(spoolgore, "FINAL_REPLY_SECONDS", 0.1)
+    connection = connection_to(scripted(extensions, serve=serve), timeout=3600)
+    outcome = send_to_alice(connection)
+    assert outcome.verdict is spoolgore.Verdict.DEFERRED
+    assert re.match(SILENT + MAYBE, outcome.text)
+    assert connection.broken
+
+
+# -- outages
+
+
+def test_an_outage_counts_no_attempt_and_all_go_when_it_is_over(spool, scripted, start):
+    relay = scripted(serve=close)
+    dials = Collector()
+
+    def refuse(talk):
+        dials.add(time.monotonic())
+        close(talk)
+
+    relay.serve = refuse
+    for number in range(300):
+        put(spool, f"m{number:03}", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    error = f"{relay.address}: connection closed by the relay"
+
+    def said():
+        found = [recipient for entry in daemon.status().values() for recipient in entry["To"]]
+        return len(found) == 600 and all(recipient["Error"] == error for recipient in found) and found
+
+    assert {(recipient["Status"], recipient["Attempts"]) for recipient in wait_until(said)} == {(0, 0)}
+    assert all(entry["To"][0]["NextAttempt"] == entry["Enqueued"] for entry in daemon.status().values())
+    (first, second) = dials.wait_for(2)
+    assert second - first > 0.9
+    relay.serve = Conversation.serve
+    relay.wait_for(300)
+    wait_until(lambda: not names(spool))
+    assert [line.partition(",")[0] for line in daemon.lines if "relay" in line] == [
+        "relay unavailable",
+        "relay available again",
+    ]
+    assert not [line for line in daemon.lines if "SMTP error" in line]
+
+
+def test_a_refused_login_is_tried_once_and_not_for_each_mail(spool, scripted, start):
+    relay = scripted(("PIPELINING", "AUTH PLAIN"))
+    relay.replies = {"AUTH": b"535 5.7.8 no\r\n"}
+    for number in range(100):
+        put(spool, f"m{number}", mail())
+    daemon = start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", "old", "-concurrency", 20)
+    error = f"{relay.address}: 535 5.7.8 no"
+    daemon.wait_for(f"relay unavailable, {error}")
+    wait_until(lambda: [e["To"][0]["Error"] for e in daemon.status().values()] == [error] * 100)
+    assert len(relay.connections.items) == 1
+    relay.replies = {"AUTH": b"235 2.7.0 welcome\r\n"}
+    daemon.send("SIGURG")
+    relay.wait_for(100)
+    wait_until(lambda: not names(spool))
+    assert not [line for line in daemon.lines if "SMTP error" in line]
+
+
+def test_probes_are_one_a_second_at_most_and_rare_where_each_is_a_failed_login():
+    assert [spoolgore.probe_delay(failures, False) for failures in range(6)] == [1, 2, 4, 8, 10, 10]
+    assert [spoolgore.probe_delay(failures, True) for failures in (0, 1, 4, 5, 99)] == [60, 120, 960, 1800, 1800]
+
+
+@pytest.mark.parametrize("banner", [b"421 4.7.0 too many connections\r\n", b""], ids=["421", "closed"])
+def test_the_daemon_settles_for_the_connections_that_it_gets(spool, scripted, start, banner):
+    room, crowd = threading.BoundedSemaphore(3), Collector()
+
+    def serve(talk):
+        if not room.acquire(blocking=False):
+            crowd.add(talk)
+            say(banner)(talk)
+        try:
+            talk.serve()
+        finally:
+            room.release()
+
+    relay = scripted(("PIPELINING", "CHUNKING"), serve=serve)
+    for number in range(200):
+        put(spool, f"m{number}", mail())
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 50)
+    relay.wait_for(200)
+    wait_until(lambda: not names(spool))
+    assert 1 <= len(crowd.items) <= 3
+    assert not [line for line in daemon.lines if "SMTP error" in line or "unavailable" in line]
+
 
 # -------------------------------------- connections, PIPELINING, CHUNKING, SIZE
+
+LOST = None  # in a script: the relay closes the connection instead of replying
+
+
+def replies(*codes):
+    return st.sampled_from([b"%d scripted" % code if code else LOST for code in codes])
+
+
+class Scene:
+    """A relay that gives one transaction these replies, and is well-behaved before and after it."""
+
+    def __init__(self, mail, rcpts, data, content):
+        self.mail, self.rcpts, self.data, self.content = mail, list(rcpts), data, content
+        self.contents, self.closed = [], False
+
+    def perform(self, talk):
+        """The scene as the entries of talk.replies."""
+        rcpts = iter(self.rcpts)
+        verbs = {"MAIL": lambda _: self.say(talk, self.mail), "RCPT": lambda _: self.say(talk, next(rcpts))}
+        talk.replies = {**verbs, "DATA": lambda _: self.on_data(talk), "BDAT": lambda line: self.on_bdat(talk, line)}
+
+    def on_data(self, talk):
+        answer = self.say(talk, self.data)
+        if not answer.startswith(b"354"):
+            return answer
+        talk.send(answer)
+        return self.take(talk, talk.data())
+
+    def on_bdat(self, talk, line):
+        return self.take(talk, talk.read(int(line.split()[1])))
+
+    def take(self, talk, content):
+        self.contents.append(content)
+        return self.say(talk, self.content)
+
+    def say(self, talk, reply):
+        self.closed = reply is LOST or reply.startswith(b"421")
+        if self.closed:
+            talk.send(reply + b"\r\n" if reply else b"")
+            talk.flush()
+            raise EOFError
+        return reply + b"\r\n"
+
+    # -- what the client must make of it
+
+    def outcome(self, number, chunked, at_once):
+        """A recipient's verdict, the reply behind it (LOST: none), and whether the mail may have arrived."""
+        deferred, at_the_end = spoolgore.Verdict.DEFERRED, (self.content,) if chunked else (self.data, self.content)
+        everything = [self.mail, *self.rcpts, *at_the_end]
+        end = next((n for n, reply in enumerate(everything) if reply is LOST or reply.startswith(b"421")), math.inf)
+        for place, reply in [(0, self.mail), (number + 1, self.rcpts[number])]:
+            if place > end or reply is LOST:
+                return deferred, LOST, at_once
+            if not reply.startswith(b"2"):
+                return self.verdict(reply), reply, False
+        for place, reply in enumerate(at_the_end, len(self.rcpts) + 1):
+            last = place == len(everything) - 1
+            if place > end or reply is LOST:
+                return deferred, LOST, at_once or (last and place <= end)
+            if not reply.startswith(b"354"):
+                return self.verdict(reply), reply, False
+        raise AssertionError("a scene ends with a reply to the content")
+
+    @staticmethod
+    def verdict(reply):
+        verdicts = {b"2": spoolgore.Verdict.DELIVERED, b"5": spoolgore.Verdict.REFUSED}
+        return verdicts.get(reply[:1], spoolgore.Verdict.DEFERRED)
+
+
+SCENES = st.builds(
+    Scene,
+    replies(250, 250, 250, 450, 550, 421, LOST),
+    st.lists(replies(250, 250, 450, 550, 421, LOST), min_size=1, max_size=3),
+    replies(354, 354, 354, 450, 554, 421, LOST),
+    replies(250, 250, 450, 550, 421, LOST),
+)
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensions):
+    relay = scripted(extensions)
+    message = read_message(mail().encode())
+    chunked, at_once = "CHUNKING" in extensions, extensions == ("PIPELINING", "CHUNKING")
+
+    @settings(EXAMPLES, max_examples=150)
+    @given(SCENES, st.booleans())
+    def check(scene, warm):
+        addresses = [f"u{number}@x.org" for number in range(len(scene.rcpts))]
+        with contextlib.closing(connection_to(relay)) as connection:
+            talk = relay.connections.items[-1]
+            if warm:
+                connection.transact("app@x.org", ["a@x.org"], message)
+            scene.perform(talk)
+            unanswered = warm and (scene.mail is LOST or scene.mail.startswith(b"421"))
+            try:
+                outcomes = connection.transact("app@x.org", addresses, message)
+            except spoolgore.Unanswered:
+                assert unanswered
+                assert connection.broken
+                return
+            assert not unanswered
+            for number, address in enumerate(addresses):
+                verdict, reply, maybe = scene.outcome(number, chunked, at_once)
+                assert outcomes[address].verdict is verdict
+                assert ("may have arrived" in outcomes[address].text) is maybe
+                assert reply is LOST or outcomes[address].text == reply.decode()
+            assert connection.broken is scene.closed
+            accepted = [rcpt for rcpt in scene.rcpts if scene.mail[:1] == rcpt[:1] == b"2"] if scene.contents else []
+            assert all(content == (message.whole if accepted or chunked else b"") for content in scene.contents)
+            if not connection.broken:
+                assert b"RSET" in talk.commands or (scene.contents and scene.content.startswith(b"2"))
+                talk.replies = {}
+                assert connection.transact("app@x.org", ["b@x.org"], message)["b@x.org"].text == "250 2.0.0 taken"
+
+    check()
+
+
+# The store of connections, in this process, with a dial of its own: no wake-up is lost, nothing is counted twice.
+
+
+def let_run_until(check, what=""):
+    """Let greenlets run until check() is true."""
+    with gevent.Timeout(PATIENCE, AssertionError(f"waited in vain: {what or check}")):
+        while not check():
+            gevent.sleep(0.001)
+
+
+class Wire:
+    """A connection to an Island."""
+
+    broken = False
+
+    def __init__(self, island):
+        self.island, self.used = island, time.monotonic()
+        island.wires.add(self)
+        island.most_wires = max(island.most_wires, len(island.wires))
+
+    def idle_for(self):
+        return time.monotonic() - self.used
+
+    def usable(self):
+        return self in self.island.wires
+
+    def transact(self, sender, addresses, message, carefully):
+        self.island.transact(self, message)
+        self.used = time.monotonic()
+        return dict.fromkeys(addresses, spoolgore.Outcome(spoolgore.Verdict.DELIVERED))
+
+    def close(self):
+        self.island.wires.discard(self)
+
+    quit_politely = close
+
+
+class Island:
+    """What Relay dials: it takes so many connections, none while it is away, and breaks some as chance will have it."""
+
+    def __init__(self, room, chance=None):
+        self.room, self.chance, self.away = room, chance, False
+        self.wires, self.most_wires, self.dials, self.delivered = set(), 0, 0, []
+        self.stuck = gevent.event.Event()  # ends the transaction of a message called stuck
+
+    def dial(self):
+        self.dials += 1
+        try:
+            gevent.sleep(self.chance.choice([0, 0, 0.001]) if self.chance else 0)
+            if self.chance and self.chance.random() < 0.1:
+                raise ValueError("a fault of this program")
+            if self.away or len(self.wires) >= self.room:
+                raise ConnectionRefusedError("no room")
+            return Wire(self)
+        finally:
+            self.dials -= 1
+
+    def transact(self, wire, message):
+        if message == "stuck":
+            self.stuck.wait()
+        elif self.chance:
+            gevent.sleep(self.chance.choice([0, 0, 0.001]))
+            wire.broken = self.away or self.chance.random() < 0.1
+            if wire.broken and (self.away or self.chance.random() < 0.5):
+                raise spoolgore.Unanswered
+        self.delivered.append(message)
+
+    def weather(self):
+        """Come and go, drop what is connected, take more connections or fewer, for ever."""
+        while True:
+            gevent.sleep(0.01)
+            self.away, self.room = self.chance.random() < 0.3, self.chance.randint(1, 10)
+            if self.away:
+                self.wires.clear()
+
+
+class Senders:
+    """A greenlet for each message; those for which the relay was down go again when it is up, as the spooler does it."""
+
+    def __init__(self, island, limit=8):
+        self.pool, self.held, self.sent = gevent.pool.Pool(30), [], []
+        self.relay = spoolgore.Relay("island", island.dial, limit, self.go_again)
+
+    def send(self, message):
+        self.pool.spawn(self._send, message)
+
+    def _send(self, message):
+        try:
+            self.relay.send("app@x.org", ["a@x.org"], message)
+            self.sent.append(message)
+        except spoolgore.RelayDown:
+            self.held.append(message)
+            if not self.relay.down:  # it came up in between
+                self.go_again()
+
+    def go_again(self):
+        held, self.held = self.held, []
+        for message in held:
+            gevent.spawn(self.send, message)
+
+    def wait_for(self, *messages):
+        let_run_until(lambda: set(messages) <= set(self.sent), vars(self.relay))
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """Time goes faster for a Relay."""
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", 0.02)
+    monkeypatch.setattr(spoolgore, "probe_delay", lambda failures, login_refused: 0.003)
+
+
+@pytest.mark.parametrize("cap_seconds", [0.02, 3600])  # with the latter nobody wakes up by the clock
+@pytest.mark.parametrize("seed", range(6))
+def test_no_wake_up_is_lost_and_no_connection_miscounted(hurried, monkeypatch, cap_seconds, seed):
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", cap_seconds)
+    island = Island(5, random.Random(seed))
+    weather = gevent.spawn(island.weather)
+    senders = Senders(island)
+    for number in range(500):
+        senders.send(number)
+    senders.wait_for(*range(500))
+    weather.kill()
+    relay = senders.relay
+    assert len(senders.sent) == len(set(senders.sent)) == 500
+    assert (relay.established, relay.dialling) == (len(relay.idle), 0)
+    assert not relay._waiting
+    assert island.wires <= set(relay.idle)
+    assert island.most_wires <= 8
+    relay.close()
+    assert relay.established == 0
+
+
+def test_a_limit_on_connections_is_not_believed_for_ever(hurried):
+    island = Island(room=1)
+    senders = Senders(island)
+    senders.send("stuck")
+    senders.send("waits for a connection")
+    let_run_until(lambda: senders.relay.cap == 1)
+    assert len(island.wires) == 1
+    island.room = 2
+    senders.wait_for("waits for a connection")
+    assert island.delivered == ["waits for a connection"]
+    senders.relay.close()
+
+
+def test_a_limit_on_connections_is_forgotten_after_an_outage(hurried, monkeypatch):
+    monkeypatch.setattr(spoolgore, "CAP_SECONDS", 3600)
+    island = Island(room=1)
+    senders = Senders(island)
+    senders.send("stuck")
+    senders.send(1)
+    let_run_until(lambda: senders.relay.cap == 1)
+    island.away = True
+    next(iter(island.wires)).broken = True
+    island.stuck.set()
+    senders.wait_for("stuck")
+    let_run_until(lambda: senders.held)
+    island.away, island.room = False, 10
+    senders.wait_for(1)
+    assert senders.relay.cap == 8
+    senders.relay.close()
+
+
+def test_a_refused_login_stops_all_dials_though_others_are_up(hurried, monkeypatch):
+    refused = []
+
+    def dial():
+        if senders.relay.established:
+            refused.append(1)
+            raise spoolgore.LoginRefused("535 no")
+        return Wire(island)
+
+    monkeypatch.setattr(spoolgore, "probe_delay", lambda failures, login_refused: 3600 if login_refused else 0.003)
+    island = Island(room=10)
+    senders = Senders(island)
+    senders.relay._dial = dial
+    senders.send("stuck")
+    for number in range(20):
+        senders.send(number)
+    let_run_until(lambda: len(senders.held) == 20)
+    assert len(refused) == 1
+    assert senders.relay.down == "island: 535 no"
+    island.stuck.set()
+    senders.relay.close()
+
+
+# -- round trips, and what is declared
+
+
+@pytest.mark.parametrize(
+    "extensions, warm, after_idling",
+    [(("8BITMIME",), 4, 4), (("CHUNKING",), 3, 3), (("PIPELINING",), 2, 2), (("PIPELINING", "CHUNKING"), 1, 2)],
+)
+def test_round_trips_of_a_mail_on_a_warm_connection(scripted, monkeypatch, extensions, warm, after_idling):
+    """Nothing is pipelined without the offer; content does not go to a connection that may have died meanwhile."""
+    relay = scripted(extensions)
+    connection = connection_to(relay)
+    (talk,) = relay.connections.items
+    send_to_alice(connection)
+    for fresh_seconds, expected in [(3600, warm), (-1, after_idling)]:
+        monkeypatch.setattr(spoolgore, "FRESH_SECONDS", fresh_seconds)
+        before = talk.round_trips
+        assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+        assert talk.round_trips - before == expected
+    assert [line[:4] for line in talk.commands].count(b"BDAT") == (3 if "CHUNKING" in extensions else 0)
+
+
+def outcomes_from(scripted, extensions, *addresses, sender="app@x.org", body="Hello.\n"):
+    """What a relay that offers these is told of a mail, and the outcomes."""
+    relay = scripted(extensions)
+    connection = connection_to(relay)
+    outcomes = connection.transact(sender, list(addresses), read_message(mail(body=body).encode()))
+    connection.quit_politely()
+    commands = relay.connections.items[0].commands
+    return outcomes, [line.decode() for line in commands if line[:4] in (b"MAIL", b"RCPT", b"DATA", b"BDAT")]
+
+
+def test_size_and_8bitmime_are_declared_where_they_are_offered(scripted):
+    size = len(mail().encode()) + mail().count("\n")
+    for extensions, declared in [
+        ([], ""),
+        (["SIZE"], f" SIZE={size}"),
+        ([f"SIZE {size}"], f" SIZE={size}"),
+        (["SIZE 0", "8BITMIME"], f" SIZE={size} BODY=8BITMIME"),
+        (["8BITMIME", "SMTPUTF8"], " BODY=8BITMIME"),
+    ]:
+        outcomes, commands = outcomes_from(scripted, extensions, "a@x.org")
+        assert commands == [f"MAIL FROM:<app@x.org>{declared}", "RCPT TO:<a@x.org>", "DATA"]
+        assert outcomes["a@x.org"].verdict is spoolgore.Verdict.DELIVERED
+
+
+def test_a_mail_over_the_relays_limit_is_refused_before_it_is_sent(scripted):
+    size = len(mail().encode()) + mail().count("\n")
+    outcomes, commands = outcomes_from(scripted, [f"SIZE {size - 1}"], "a@x.org", "b@x.org")
+    text = f"552 5.3.4 not sent: {size} octets are over the relay's limit of {size - 1}"
+    assert outcomes == dict.fromkeys(["a@x.org", "b@x.org"], (spoolgore.Verdict.REFUSED, text))
+    assert not commands
+
+
+UTF8, IDN = "jürgen@x.org", "a@bücher.example"
+DELIVERED = (spoolgore.Verdict.DELIVERED, "250 2.0.0 taken")
+
+
+def needs_smtputf8(address):
+    return spoolgore.Verdict.REFUSED, f"553 5.6.7 not sent: {address} needs SMTPUTF8, which the relay does not offer"
+
+
+def test_smtputf8_is_asked_for_only_when_an_address_needs_it(scripted):
+    outcomes, commands = outcomes_from(scripted, ["SMTPUTF8"], IDN, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org>", "RCPT TO:<a@xn--bcher-kva.example>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {IDN: DELIVERED, "b@x.org": DELIVERED}
+    outcomes, commands = outcomes_from(scripted, ["SMTPUTF8"], UTF8, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org> SMTPUTF8", f"RCPT TO:<{UTF8}>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {UTF8: DELIVERED, "b@x.org": DELIVERED}
+
+
+def test_without_smtputf8_only_who_needs_it_is_refused(scripted):
+    outcomes, commands = outcomes_from(scripted, [], UTF8, IDN, "b@x.org")
+    assert commands == ["MAIL FROM:<app@x.org>", "RCPT TO:<a@xn--bcher-kva.example>", "RCPT TO:<b@x.org>", "DATA"]
+    assert outcomes == {UTF8: needs_smtputf8(UTF8), IDN: DELIVERED, "b@x.org": DELIVERED}
+    outcomes, commands = outcomes_from(scripted, [], "b@x.org", sender=UTF8)
+    assert outcomes["b@x.org"] == (
+        spoolgore.Verdict.REFUSED,
+        needs_smtputf8(UTF8)[1].replace("sent: ", "sent: the sender "),
+    )
+    assert not commands
+
+
+# -- the life of a connection
+
+
+def store_of(relay, monkeypatch, **constants):
+    """A Relay in this process that dials a ScriptedRelay."""
+    for name, value in constants.items():
+        monkeypatch.setattr(spoolgore, name, value)
+    return spoolgore.Relay("relay", lambda: connection_to(relay), 10)
+
+
+def send_through(store):
+    message = read_message(mail().encode())
+    assert store.send("app@x.org", ["a@x.org"], message) == {"a@x.org": DELIVERED}
+
+
+def verbs(talk):
+    return [line[:4].decode() for line in talk.commands]
+
+
+def test_the_most_recently_used_connection_is_used_first(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch)
+    first, second = store._acquire(), store._acquire()
+    store._release(second)
+    store._release(first)
+    send_through(store)
+    send_through(store)
+    assert (first.uses, second.uses) == (2, 0)
+    store.close()
+
+
+def test_an_idle_connection_is_closed_after_a_while(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch, IDLE_SECONDS=0.1)
+    send_through(store)
+    (talk,) = relay.connections.items
+    let_run_until(talk.ended.is_set)
+    assert verbs(talk)[-1] == "QUIT"
+    assert (store.established, store.idle) == (0, [])
+    store = store_of(relay, monkeypatch, IDLE_SECONDS=3600)
+    send_through(store)
+    gevent.sleep(0.1)  # time enough to close it by mistake
+    assert store.established == 1
+    store.close()
+
+
+def test_a_connection_does_not_live_for_ever(scripted, monkeypatch):
+    relay = scripted()
+    store = store_of(relay, monkeypatch, CONNECTION_SECONDS=0)
+    send_through(store)
+    send_through(store)
+    store.close()
+    assert [verbs(talk)[-1] for talk in relay.connections.wait_for(2)] == ["QUIT", "QUIT"]
+
+
+def rude_goodbye(talk):
+    talk.replies = {"QUIT": lambda _: close(talk)}
+    talk.serve()
+
+
+def cut_off(talk):
+    """End the connection by a reset."""
+    talk.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    talk.sock.close()
+    raise EOFError
+
+
+@pytest.mark.parametrize("goodbye", [None, rude_goodbye], ids=["polite", "rude"])
+def test_connections_end_with_quit_and_a_failed_one_harms_nobody(spool, scripted, start, goodbye):
+    relay = scripted(serve=goodbye)
+    daemon = start("-smtpaddr", relay.address)
+    for number in range(5):
+        put(spool, f"m{number}", mail())
+    relay.wait_for(5)
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0
+    for talk in relay.connections.items:
+        assert talk.ended.wait(PATIENCE)
+        assert verbs(talk)[-1] == "QUIT"
+    assert not [line for line in daemon.lines if "error" in line]
+
+
+def unsolicited(text):
+    def act(talk):
+        talk.sock.sendall(text)
+
+    return act
+
+
+def at_mail(act):
+    def prepare(talk):
+        talk.replies = {"MAIL": lambda _: act(talk)}
+
+    return prepare
+
+
+WAYS_TO_DROP = {
+    "closed": Conversation.close,
+    "421": unsolicited(b"421 4.4.2 idle for too long\r\n"),
+    "too many replies": unsolicited(b"250 2.0.0 taken\r\n"),
+    "closed at MAIL": at_mail(close),
+    "reset at MAIL": at_mail(cut_off),
+    "421 at MAIL": at_mail(say(b"421 4.3.2 bye\r\n")),
+}
+
+
+@pytest.mark.parametrize("extensions", OFFERS, ids=" and ".join)
+def test_a_connection_that_was_dropped_while_idle_is_replaced_silently(spool, scripted, start, extensions):
+    relay = scripted(extensions)
+    daemon = start("-smtpaddr", relay.address)
+    for number, drop in enumerate([*WAYS_TO_DROP.values(), lambda talk: None], 1):
+        put(spool, f"m{number}", mail())
+        relay.wait_for(number)
+        wait_until(lambda: not names(spool))
+        assert len(relay.connections.items) == number
+        drop(relay.connections.items[-1])
+    daemon.stop()
+    assert len(relay.mails.items) == len(WAYS_TO_DROP) + 1
+    assert not [line for line in daemon.lines if "error" in line or "unavailable" in line]
+
+
+def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scripted, monkeypatch):
+    """However many warm connections there are: only the first could have died of idleness."""
+    relay = scripted(("PIPELINING", "CHUNKING"))
+    store = store_of(relay, monkeypatch)
+    connections = [store._acquire() for _ in range(5)]
+    for connection in connections:
+        assert send_to_alice(connection).verdict is spoolgore.Verdict.DELIVERED
+        store._release(connection)
+    contents = Collector()
+    for talk in relay.connections.items:
+        talk.take = lambda content, talk=talk: (contents.add(content), talk.sock.close())
+    outcome = store.send("app@x.org", ["a@x.org"], read_message(mail(body="poison").encode()))["a@x.org"]
+    assert len(contents.items) == 2
+    assert outcome.verdict is spoolgore.Verdict.DEFERRED
+    assert "may have arrived" in outcome.text
+    store.close()
+
+
+# -- large mails
+
+
+def discard(talk):
+    """Take mails and keep nothing of them."""
+
+    def on_data(line):
+        talk.send(b"354 go ahead\r\n")
+        size, end = 0, b""
+        while end != b"\r\n.\r\n":
+            talk.receive()
+            size, end = size + len(talk.unread), (end + bytes(talk.unread[-5:]))[-5:]
+            talk.unread.clear()
+        talk.relay.mails.add(size)
+        return b"250 2.0.0 taken\r\n"
+
+    talk.replies = {"DATA": on_data}
+    talk.serve()
+
+
+def test_large_mails_are_streamed(spool, scripted, start):
+    relay = scripted(("PIPELINING", "CHUNKING"), serve=discard)
+    text = mail(body="a line of thirty-two octets.....\n" * 2**20).encode()
+    for number in range(4):
+        (spool / f"m{number}").write_bytes(text)
+    daemon = start("-smtpaddr", relay.address)
+    assert relay.wait_for(4) == [len(text) + text.count(b"\n") + len(b".\r\n")] * 4
+    wait_until(lambda: not names(spool))
+    assert peak_of(daemon) < 2 * len(text) // 1024
+    assert daemon.stop() == 0
+
+
+def peak_of(daemon):
+    """The most memory that the process ever had, in KB."""
+    path = Path(f"/proc/{daemon.process.pid}/status")
+    if not path.exists():
+        pytest.skip("no /proc")
+    return int(re.search(r"VmHWM:\s*(\d+) kB", path.read_text())[1])
+
+
+def test_a_large_mail_leaves_a_turn_to_others_after_each_chunk(scripted):
+    """However fast the relay reads it: with the sockets of this process, that block, there is no other turn."""
+
+    def count():
+        while True:
+            turns.append(len(turns))
+            gevent.sleep(0)
+
+    turns, text = [], mail(body="a line of thirty-two octets.....\n" * 2**15).encode()
+    counter = gevent.spawn(count)
+    connection = connection_to(scripted(serve=discard))
+    connection.transact("app@x.org", ["a@x.org"], read_message(text))
+    counter.kill()
+    assert len(turns) >= len(text) // spoolgore.CHUNK
 
 
 # --------------------------------------------------------------- TLS and logins
 
+SYSTEM_PATH = os.pathsep.join(
+    [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
+)
+
+
+def demand(*programs, root=False):
+    """The programs' paths. Without one of them the test is skipped, or fails where everything must be there (CI)."""
+    found = [shutil.which(program, path=SYSTEM_PATH) for program in programs]
+    lacking = [program for program, path in zip(programs, found) if not path]
+    lacking += ["root"] if root and os.geteuid() != 0 else []
+    if lacking:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {' and '.join(lacking)}")
+    return found
+
+
+class Authority:
+    """A certificate authority. Its certificates and keys are PEM files in a directory."""
+
+    def __init__(self, directory, name):
+        self.directory, self.key = Path(directory), ec.generate_private_key(ec.SECP256R1())
+        self.name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        self.path = self.directory / f"{name}.pem"
+        self.path.write_bytes(self._certificate(self.name, self.key, ca=True).public_bytes(Encoding.PEM))
+
+    def _certificate(self, name, key, names=(), ca=False, age=0):
+        born = datetime.now(timezone.utc) - timedelta(days=age + 1)
+        usage = dict.fromkeys(
+            ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign"), False
+        )
+        usage.update(encipher_only=False, decipher_only=False, digital_signature=not ca, key_cert_sign=ca)
+        builder = (
+            x509.CertificateBuilder(self.name, name, key.public_key(), x509.random_serial_number())
+            .not_valid_before(born)
+            .not_valid_after(born + timedelta(days=30))
+            .add_extension(x509.BasicConstraints(ca, None), critical=True)
+            .add_extension(x509.KeyUsage(**usage), critical=True)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        if names:
+            builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
+        return builder.sign(self.key, hashes.SHA256())
+
+    def issue(self, name, *hosts, age=0):
+        """The path of a file with a new certificate for some hosts and its key; age: days since its issue."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        names = [x509.IPAddress(ip_address(h)) if h[-1].isdigit() or ":" in h else x509.DNSName(h) for h in hosts]
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        certificate = self._certificate(subject, key, names, age=age)
+        path = self.directory / f"{name}.pem"
+        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        path.write_bytes(private + certificate.public_bytes(Encoding.PEM))
+        return path
+
+
+class Certificates:
+    """What the tests encrypt with."""
+
+    def __init__(self, directory):
+        self.authority, self.other = Authority(directory, "authority"), Authority(directory, "other")
+        self.ca = self.authority.path
+        self.good = self.authority.issue("good", "localhost", "127.0.0.1", "::1")
+        self.client = self.authority.issue("client")
+        self.bad = {
+            "certificate verify failed: unable to get local issuer certificate": self.other.issue(
+                "foreign", "localhost"
+            ),
+            "certificate verify failed: certificate has expired": self.authority.issue("expired", "localhost", age=60),
+            "Hostname mismatch, certificate is not valid for 'localhost'": self.authority.issue("named", "example.org"),
+            "certificate verify failed: self-signed certificate": self._self_signed(directory),
+        }
+
+    @staticmethod
+    def _self_signed(directory):
+        alone = Authority(directory, "alone")
+        certificate = alone._certificate(alone.name, alone.key, [x509.DNSName("localhost")])
+        private = alone.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        alone.path.write_bytes(private + certificate.public_bytes(Encoding.PEM))
+        return alone.path
+
+    def server(self, path=None, **options):
+        """A server's context with one of the certificates."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(path or self.good)
+        for name, value in options.items():
+            setattr(context, name, value)
+        return context
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    return Certificates(tmp_path_factory.mktemp("certificates"))
+
+
+class Postfix:
+    """Postfix, with Dovecot to check its logins, on ports of its own; what it accepts arrives in an inbox."""
+
+    SUBMISSION = "-o smtpd_tls_security_level=may -o smtpd_tls_auth_only=yes -o smtpd_sasl_auth_enable=yes"
+    LOGGED_IN = "-o smtpd_relay_restrictions=permit_sasl_authenticated,reject"
+    EVERYBODY = "-o smtpd_client_event_limit_exceptions="  # limits are for clients on this machine too
+    SERVICES = {  # what smtpd is told, for each of the ports
+        "plain": "",
+        "narrow": f"{EVERYBODY} -o smtpd_client_connection_count_limit=3 -o smtpd_recipient_limit=4",
+        "unsized": "-o smtpd_discard_ehlo_keywords=size",
+        "bare": "-o smtpd_discard_ehlo_keywords=size,chunking,pipelining,8bitmime,smtputf8,enhancedstatuscodes,dsn",
+        "submission": f"{SUBMISSION} {LOGGED_IN}",
+        "in_the_clear": f"-o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
+        "smtps": f"-o smtpd_tls_wrappermode=yes -o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
+        "by_certificate": "-o smtpd_tls_security_level=encrypt -o smtpd_tls_req_ccert=yes",
+    }
+    QUEUES = ["active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "pid"]
+    QUEUES += ["private", "public", "saved", "trace"]
+    MAIN = """
+        compatibility_level = 3.6
+        queue_directory = {directory}/queue
+        data_directory = {directory}/data
+        maillog_file = {directory}/log
+        maillog_file_prefixes = {directory}
+        myhostname = postfix.example.org
+        inet_interfaces = 127.0.0.1
+        mydestination =
+        alias_maps =
+        local_recipient_maps =
+        local_header_rewrite_clients =
+        relayhost = [127.0.0.1]:{inbox}
+        smtp_tls_security_level = none
+        smtp_line_length_limit = 0
+        default_destination_recipient_limit = 1000
+        message_size_limit = 300000
+        smtpd_sasl_type = dovecot
+        smtpd_sasl_path = {directory}/dovecot/sasl
+        smtpd_tls_chain_files = {good}
+        smtpd_tls_CAfile = {ca}
+        smtpd_helo_required = yes
+        smtpd_helo_restrictions = reject_invalid_helo_hostname, reject_non_fqdn_helo_hostname
+        smtpd_sender_restrictions = reject_unauth_pipelining
+        smtpd_recipient_restrictions = check_recipient_access inline:{{
+            {{ refused@example.org = 550 5.7.1 not him }}, {{ later@example.org = 450 4.2.1 not now }} }}
+        smtpd_data_restrictions = reject_unauth_pipelining
+        smtpd_error_sleep_time = 0
+    """
+    MASTER = """
+        cleanup unix n - n - 0 cleanup
+        qmgr unix n - n 300 1 qmgr
+        rewrite unix - - n - - trivial-rewrite
+        bounce unix - - n - 0 bounce
+        defer unix - - n - 0 bounce
+        trace unix - - n - 0 bounce
+        smtp unix - - n - - smtp
+        anvil unix - - n - 1 anvil
+        tlsmgr unix - - n 1000? 1 tlsmgr
+        scache unix - - n - 1 scache
+        postlog unix-dgram n - n - 1 postlogd
+    """
+    DOVECOT = """
+        protocols =
+        base_dir = {directory}/dovecot
+        log_path = {directory}/log.dovecot
+        ssl = no
+        auth_mechanisms = plain login cram-md5 xoauth2
+        auth_failure_delay = 0
+        passdb {{
+          driver = passwd-file
+          args = {directory}/users
+        }}
+        service auth {{
+          unix_listener sasl {{
+            mode = 0666
+          }}
+        }}
+        service anvil {{
+          unix_listener anvil-auth-penalty {{
+            mode = 0
+          }}
+        }}
+    """
+
+    UNTIL_WE_END = 'setsid "$@" & read -r _; kill $!; wait $!'  # even if we are killed: that ends its standard input
+
+    def __init__(self, directory, certificates):
+        self.directory, self.processes = Path(directory), []
+        self.inbox = ScriptedRelay(("PIPELINING", "8BITMIME"))
+        self.ports = dict(zip(self.SERVICES, free_ports(len(self.SERVICES))))
+        self.words = {
+            "directory": directory,
+            "inbox": self.inbox.port,
+            "ca": certificates.ca,
+            "good": certificates.good,
+        }
+
+    def start(self):
+        master, dovecot, _ = demand("master", "dovecot", "setsid", root=True)
+        listeners = [
+            f"127.0.0.1:{self.ports[name]} inet n - n - - smtpd {more}" for name, more in self.SERVICES.items()
+        ]
+        for name, text in {
+            "main.cf": self.MAIN,
+            "master.cf": "\n".join([*listeners, textwrap.dedent(self.MASTER)]),
+            "dovecot.conf": self.DOVECOT,
+            "users": "app:{{PLAIN}}s3cret-ü",
+        }.items():
+            (self.directory / name).write_text(textwrap.dedent(text).format(**self.words), "utf-8")
+        for name in ("data", "queue", *(f"queue/{name}" for name in self.QUEUES)):
+            (self.directory / name).mkdir()
+            if name not in ("queue", "queue/pid"):
+                shutil.chown(self.directory / name, "postfix")
+        for command in ([dovecot, "-F", "-c", self.directory / "dovecot.conf"], [master, "-d", "-c", self.directory]):
+            self.processes.append(
+                subprocess.Popen(["sh", "-c", self.UNTIL_WE_END, "sh", *command], stdin=subprocess.PIPE)
+            )
+        for port in self.ports.values():
+            wait_until(lambda port=port: answers("127.0.0.1", port), f"Postfix: {self.log()}")
+        wait_until((self.directory / "dovecot" / "sasl").exists, "Dovecot")
+
+    def stop(self):
+        self.inbox.stop()
+        for process in self.processes:
+            process.stdin.close()
+        for process in self.processes:
+            process.wait(PATIENCE)
+
+    def at(self, service, host="localhost"):
+        return f"{host}:{self.ports[service]}"
+
+    def wait_for(self, recipient):
+        """The mail that arrived for a recipient."""
+        return self.inbox.mails.wait_for(1, lambda mail: recipient in mail.recipients)[0]
+
+    def log(self):
+        path = self.directory / "log"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for_log(self, pattern):
+        """The first line of the log that has a match of the pattern."""
+        return wait_until(lambda: re.search(rf"(?m)^.*{pattern}.*$", self.log()), pattern)[0]
+
+
+def free_ports(count):
+    """Ports that nobody listens on, all different."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [sock.getsockname()[1] for sock in socks]
+
+
+def answers(host, port):
+    with contextlib.suppress(OSError), socket.create_connection((host, port), PATIENCE):
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def postfix(certificates):
+    directory = Path(tempfile.mkdtemp(prefix="spoolgore-postfix-"))  # Postfix's user may not enter pytest's directories
+    directory.chmod(0o755)
+    server = Postfix(directory, certificates)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory)
+
+
+def only_recipient(daemon):
+    """The only recipient of the only entry in the status file."""
+    (entry,) = daemon.status().values()
+    (recipient,) = [recipient for key in ("To", "Cc", "Bcc") for recipient in entry[key]]
+    return recipient
+
+
+def assert_relay_at_fault(daemon, text):
+    """The mail waits, no attempt was counted, and its entry and the log say what was wrong with the relay."""
+    assert daemon.status_code == 75, daemon.lines
+    recipient = only_recipient(daemon)
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
+    assert text in recipient["Error"]
+    assert any(line.startswith("relay unavailable, ") and text in line for line in daemon.lines), daemon.lines
+    assert len(names(daemon.spool)) == 1
+
+
+def dial(address, *flags, environ=()):
+    """A Connection that is open and logged in, by the flags. Raises OSError."""
+    options = options_of("-timeout", str(PATIENCE), "-helo", "app.example.org", "-smtpaddr", address, *flags, "spool")
+    security = spoolgore.Security(options, dict(environ))
+    return spoolgore.Connection(options.smtpaddr[0], options.timeout).dial(security)
+
+
+@pytest.fixture
+def relay_with():
+    """A function that starts aiosmtpd with some options; all are stopped in the end."""
+    with contextlib.ExitStack() as stack:
+
+        def starter(**options):
+            controller = Relay(**options)
+            controller.start()
+            stack.callback(controller.stop)
+            return controller
+
+        yield starter
+
+
+@pytest.mark.parametrize(
+    "mode, kind, encrypted",
+    [
+        ("auto", "starttls", True),
+        ("auto", "plain", False),
+        ("starttls", "starttls", True),
+        ("smtps", "smtps", True),
+        ("off", "starttls", False),
+    ],
+)
+def test_each_mode_of_tls(spool, run, relay_with, certificates, mode, kind, encrypted):
+    context = {"starttls": "tls_context", "smtps": "ssl_context"}.get(kind)
+    relay = relay_with(**({context: certificates.server()} if context else {}))
+    put(spool, "m1", mail())
+    daemon = run("-once", "-tls", mode, "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert (kind == "smtps" or relay.mails[0].session.ssl is not None) == encrypted
+
+
+@pytest.mark.parametrize(
+    "mode, kind, text", [("starttls", "plain", "does not offer STARTTLS"), ("smtps", "plain", "SSL")]
+)
+def test_tls_that_the_relay_has_not(spool, run, relay, mode, kind, text):
+    put(spool, "m1", mail())
+    assert_relay_at_fault(run("-once", "-tls", mode, "-smtpaddr", relay.address), text)
+    assert relay.mails == []
+
+
+def test_port_465_means_tls_from_the_first_byte_in_auto_mode_only():
+    def implicit(mode, port):
+        security = spoolgore.Security(options_of("-tls", mode, "spool"), {})
+        return security.implicit_tls(spoolgore.Address("relay.example.org", port))
+
+    modes = ("auto", "starttls", "smtps", "off")
+    assert [implicit(mode, 465) for mode in modes] == [True, False, True, False]
+    assert [implicit(mode, 587) for mode in modes] == [False, False, True, False]
+
+
+def test_relays_are_always_verified_with_tls_1_2_at_least(certificates):
+    for argv in ([], ["-tlsca", str(certificates.ca)], ["-tls", "smtps"]):
+        context = spoolgore.tls_context(options_of(*argv, "spool"))
+        assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
+        assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+
+
+@pytest.mark.parametrize("kind", ["starttls", "smtps"])
+@pytest.mark.parametrize("number", range(4))
+def test_a_certificate_that_is_no_good(relay_with, certificates, kind, number):
+    text, path = list(certificates.bad.items())[number]
+    relay = relay_with(**{{"starttls": "tls_context", "smtps": "ssl_context"}[kind]: certificates.server(path)})
+    with pytest.raises(OSError, match=text):
+        dial(f"localhost:{relay.port}", "-tls", kind, "-tlsca", str(certificates.ca))
+
+
+def test_a_private_authority_is_not_trusted_unless_it_is_named(spool, run, relay_with, certificates):
+    relay = relay_with(tls_context=certificates.server())
+    put(spool, "m1", mail())
+    assert_relay_at_fault(
+        run("-once", "-smtpaddr", relay.address), "certificate verify failed: unable to get local issuer"
+    )
+    flags = ["-once", "-smtpaddr", relay.address, "-tlsca", certificates.ca]
+    assert run(*flags).status_code == 0 and len(relay.mails) == 1
+
+
+@pytest.mark.parametrize("flag", ["tlsca", "tlscert"])
+@pytest.mark.parametrize("content", [None, "nonsense\n"])
+def test_a_file_that_is_no_certificate_is_refused_at_the_start(spool, tmp_path, flag, content):
+    path = tmp_path / "file.pem"
+    if content:
+        path.write_text(content)
+    done = spoolgore_run(f"-{flag}", path, spool)
+    assert done.returncode == 2 and f'invalid value "{path}" for flag -{flag}: ' in done.stderr.splitlines()[0]
+
+
+def speak_tls(conversation, context):
+    """Go on encrypted: whatever was written before, and what was read, is done with."""
+    conversation.flush()
+    conversation.sock = context.wrap_socket(conversation.sock, server_side=True)
+
+
+def offer_starttls(conversation, context, reply=b"220 go ahead\r\n"):
+    """Up to and with STARTTLS."""
+    conversation.relay.extensions = ("STARTTLS",)
+    conversation.greet()
+    while conversation.line() != b"STARTTLS":
+        conversation.on_EHLO(b"EHLO")
+    conversation.send(reply)
+    conversation.relay.extensions = ("8BITMIME",)
+    speak_tls(conversation, context)
+
+
+def test_what_comes_before_the_handshake_is_thrown_away(spool, run, scripted, certificates):
+    def serve(conversation):
+        offer_starttls(conversation, certificates.server(), b"220 go ahead\r\n250 injected\r\n")
+        while conversation.command():
+            pass
+
+    relay = scripted(serve=serve)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(relay.mails.items) == 1
+    (conversation,) = relay.connections.items
+    assert [line[:4].upper() for line in conversation.commands[:4]] == [b"EHLO", b"STAR", b"EHLO", b"MAIL"]
+    assert b"BODY=8BITMIME" in conversation.commands[3]  # offered after the handshake only
+
+
+def test_starttls_that_is_refused_is_no_reason_to_go_on_in_the_clear(spool, run, scripted):
+    relay = scripted(["STARTTLS", "AUTH PLAIN"])
+    relay.replies = {"STAR": b"454 4.7.0 TLS not available\r\n"}
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", relay.address)
+    assert_relay_at_fault(daemon, "454 4.7.0 TLS not available")
+    assert [line[:4].upper() for line in relay.connections.items[0].commands] == [b"EHLO", b"STAR"]
+
+
+def test_a_handshake_that_does_not_come(spool, run, scripted):
+    relay = scripted(serve=lambda conversation: conversation.receive() or conversation.receive())
+    put(spool, "m1", mail())
+    daemon = run("-once", "-timeout", 1, "-tls", "smtps", "-smtpaddr", relay.address)
+    assert_relay_at_fault(daemon, "timed out")
+
+
+# -- Postfix
+
+
+def test_postfix_wants_a_client_certificate(spool, run, postfix, certificates):
+    put(spool, "m1", mail("certified@example.org"))
+    flags = ["-once", "-tlsca", certificates.ca, "-smtpaddr", postfix.at("by_certificate")]
+    assert_relay_at_fault(run(*flags), "Error: No client certificate presented")
+    assert run(*flags, "-tlscert", certificates.client).status_code == 0
+    assert postfix.wait_for("certified@example.org")
+
+
+@pytest.mark.parametrize(
+    "flags, service, method",
+    [
+        (["-smtpuser", "app"], "submission", "PLAIN"),
+        (["-smtpuser", "app"], "smtps", "PLAIN"),
+        (["-smtpuser", "app"], "in_the_clear", "PLAIN"),
+        (["-smtpuser", "app", "-smtpauth", "login"], "submission", "LOGIN"),
+        (["-smtpuser", "app", "-smtpauth", "cram-md5"], "in_the_clear", "CRAM-MD5"),
+        (["-smtpmd5user", "app"], "submission", "CRAM-MD5"),
+        (["-smtpmd5user", "app", "-smtpauth", "plain"], "submission", "PLAIN"),
+        (["-smtpuser", "app", "-smtpauth", "xoauth2"], "smtps", "XOAUTH2"),
+    ],
+)
+def test_every_login_at_postfix(postfix, certificates, flags, service, method):
+    recipient = f"{method}.{service}.{len(flags)}@example.org".lower()
+    environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret-ü", "SPOOLGORE_SMTPMD5PASSWORD": "s3cret-ü"}
+    flags = [*flags, "-tlsca", str(certificates.ca), "-tls", "smtps" if service == "smtps" else "auto"]
+    connection = dial(postfix.at(service), *flags, environ=environ)
+    outcomes = connection.transact("app@example.org", [recipient], read_message(mail(recipient).encode()))
+    connection.quit_politely()
+    assert outcomes[recipient].verdict is spoolgore.Verdict.DELIVERED
+    name = re.search(rf"(\w+): to=<{recipient}>", postfix.wait_for_log(f"to=<{recipient}>"))[1]
+    assert f"sasl_method={method}, sasl_username=app" in postfix.wait_for_log(f"{name}: client=")
+
+
+# -- logins
+
+
+@pytest.mark.filterwarnings("ignore:Requiring AUTH while not requiring TLS")
+def test_login_where_plain_is_not_offered(spool, run, relay_with):
+    class Authenticator:
+        logins = []
+
+        def __call__(self, server, session, envelope, mechanism, data):
+            self.logins.append((mechanism, data.login, data.password))
+            return aiosmtpd.smtp.AuthResult(success=True)
+
+    options = {"authenticator": Authenticator(), "auth_require_tls": False, "auth_exclude_mechanism": ["PLAIN"]}
+    relay = relay_with(**options, auth_required=True)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpuser", "app", "-smtpaddr", relay.address, env={"SPOOLGORE_SMTPPASSWORD": "s3cret"})
+    assert daemon.status_code == 0, daemon.lines
+    assert Authenticator.logins == [("LOGIN", b"app", b"s3cret")] and len(relay.mails) == 1
+
+
+@pytest.mark.parametrize(
+    "flags, offered, text",
+    [
+        (["-smtpuser", "app"], [], "the relay does not offer AUTH PLAIN or LOGIN (it offers none)"),
+        (["-smtpuser", "app"], ["AUTH CRAM-MD5 GSSAPI"], "AUTH PLAIN or LOGIN (it offers cram-md5 gssapi)"),
+        (
+            ["-smtpmd5user", "app"],
+            ["AUTH PLAIN LOGIN"],
+            "the relay does not offer AUTH CRAM-MD5 (it offers plain login)",
+        ),
+        (["-smtpuser", "app", "-smtpauth", "xoauth2"], ["AUTH=PLAIN"], "AUTH XOAUTH2 (it offers plain)"),
+    ],
+)
+def test_a_login_that_is_not_offered(scripted, flags, offered, text):
+    relay = scripted(["8BITMIME", *offered])
+    with pytest.raises(spoolgore.RelayError, match=re.escape(text)):
+        dial(relay.address, *flags, "-smtppassword", "s3cret")
+    assert [line[:4] for line in relay.connections.items[0].commands] == [b"ehlo"]
+
+
+def test_a_password_stays_here_without_tls(spool, run, scripted):
+    relay = scripted(["AUTH PLAIN LOGIN XOAUTH2 CRAM-MD5"])
+    relay.replies = {"AUTH": b"535 5.7.8 no\r\n"}
+    put(spool, "m1", mail())
+    flags = ["-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", f"127.1:{relay.port}"]
+    for mechanism in ("", "xoauth2"):  # 127.1 is 127.0.0.1, but by a name that is not known to be ours
+        assert_relay_at_fault(run(*flags, "-smtpauth", mechanism), "unencrypted connection")
+    assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
+    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "535 5.7.8 no")  # this one does not send it
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+def test_hosts_that_a_password_may_go_to_in_the_clear(host):
+    class Clear:
+        address, encrypted = spoolgore.Address(host, 25), False
+
+    spoolgore.check_secrecy("plain", Clear)
+    Clear.address = spoolgore.Address(f"{host}.example.org", 25)
+    with pytest.raises(spoolgore.RelayError, match="unencrypted connection"):
+        spoolgore.check_secrecy("plain", Clear)
+
+
+@pytest.mark.parametrize(
+    "flags, environ, wanted",
+    [
+        (["-smtpuser=u", "-smtppassword=flag"], {"SPOOLGORE_SMTPPASSWORD": "environment"}, "flag"),
+        (["-smtpuser=u"], {"SPOOLGORE_SMTPPASSWORD": "environment", "SPOOLGORE_SMTPMD5PASSWORD": "no"}, "environment"),
+        (["-smtpmd5user=u"], {"SPOOLGORE_SMTPMD5PASSWORD": "md5", "SPOOLGORE_SMTPPASSWORD": "no"}, "md5"),
+        (["-smtpmd5user=u", "-smtpmd5password=flag"], {"SPOOLGORE_SMTPMD5PASSWORD": "environment"}, "flag"),
+        (["-smtpuser=u", "-smtppasswordcommand=echo command"], {"SPOOLGORE_SMTPPASSWORD": "environment"}, "command"),
+        (["-smtpuser=u", "-smtppassword=flag", "-smtppasswordcommand=echo command"], {}, "flag"),
+        (["-smtpuser=u", "-smtppasswordcommand=printf 'first\\r\\nsecond\\n'"], {}, "first"),
+        (["-smtpuser=u", "-smtppasswordcommand=printf ' a b '"], {}, " a b "),
+        (["-smtpuser=u", "-smtpmd5user=v", "-smtppassword=plain", "-smtpmd5password=md5"], {}, "plain"),
+        (["-smtpuser=u"], {}, ""),
+    ],
+)
+def test_where_the_password_comes_from(flags, environ, wanted):
+    assert spoolgore.Security(options_of(*flags, "spool"), environ).password() == wanted
+
+
+def test_a_token_that_has_run_out_is_asked_for_again(spool, start, scripted, tmp_path):
+    accepted, runs = ["first"], tmp_path / "runs"
+
+    def auth(line):
+        token = base64.b64decode(line.split()[2])
+        return (
+            b"235 fine\r\n"
+            if token == f"user=app\1auth=Bearer {accepted[0]}\1\1".encode()
+            else b"535 5.7.8 expired\r\n"
+        )
+
+    relay = scripted(["AUTH XOAUTH2"])
+    relay.replies = {"AUTH": auth}
+    (tmp_path / "token").write_text("first\n")
+    command = f"echo >> {runs}; cat {tmp_path}/token"
+    start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtpauth", "xoauth2", "-smtppasswordcommand", command)
+    put(spool, "m1", mail())
+    relay.wait_for(1)
+    relay.connections.items[0].close()  # so that there is another login
+    put(spool, "m2", mail())
+    relay.wait_for(2)
+    assert runs.read_text() == "\n"  # the token that worked is kept
+    accepted[0] = "second"
+    (tmp_path / "token").write_text("second\n")
+    relay.connections.items[-1].close()
+    put(spool, "m3", mail())
+    relay.wait_for(3)
+    assert runs.read_text() == "\n\n" and len(relay.connections.items) == 3  # the second try on the same connection
+
+
+@pytest.mark.parametrize(
+    "command, text",
+    [
+        ("echo s3cret; exit 3", "the password command failed with exit status 3"),
+        ("true", "the password command printed nothing"),
+        ("echo; echo s3cret", "the password command printed nothing"),
+        ("/no/such/command", "the password command failed with exit status 127"),
+    ],
+)
+def test_a_password_command_that_is_no_help(command, text):
+    with pytest.raises(spoolgore.RelayError, match=text) as problem:
+        spoolgore.first_line_of(command, PATIENCE)
+    assert "s3cret" not in str(problem.value)
+
+
+def test_a_password_command_that_hangs(spool, run, scripted):
+    relay = scripted(["AUTH PLAIN"])
+    put(spool, "m1", mail())
+    command = "echo s3cret; sleep 600; true"
+    flags = ["-timeout", 1, "-smtpuser", "app", "-smtppasswordcommand", command, "-smtpaddr", relay.address]
+    daemon = run("-once", *flags)
+    assert_relay_at_fault(daemon, "the password command took longer than 1 s")
+    assert "s3cret" not in "".join(daemon.lines) + (spool / ".spoolgore.js").read_text()
+
+
+def test_what_a_password_command_has_started_ends_with_it(tmp_path):
+    pid = tmp_path / "pid"
+    with pytest.raises(spoolgore.RelayError, match="took longer than 0.5 s"):
+        spoolgore.first_line_of(f"sleep 600 & echo $! > {pid}; wait", 0.5)
+
+    def ended():
+        try:
+            return "State:\tZ" in Path(f"/proc/{pid.read_text().strip()}/status").read_text()
+        except FileNotFoundError:
+            return True
+
+    wait_until(ended)
+
+
+@pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "xoauth2"])
+@pytest.mark.parametrize("length", [1000, 60])
+def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, length):
+    def serve(conversation):
+        conversation.greet()
+        conversation.on_EHLO(conversation.line())
+        said.append(conversation.line())
+        for _ in range({"login": 2, "cram-md5": 1}.get(mechanism, 0)):
+            conversation.send(b"334 VXNlcm5hbWU6\r\n")
+            said.append(conversation.line())
+        repeated = b" ".join(said)[:length]
+        conversation.send(b"535-5.7.8 bad: %s\r\n535 5.7.8 of %s\r\n" % (repeated, secret.encode()))
+        conversation.flush()
+
+    said, secret = [], "ya29.a-token_that-is-long-enough-to-be-cut-and-is-secret-all-the-same"
+    relay = scripted([f"AUTH {mechanism.upper()}"], serve=serve)
+    with pytest.raises(spoolgore.LoginRefused) as refusal:
+        dial(relay.address, "-smtpuser", "app", "-smtpauth", mechanism, "-smtppassword", secret)
+    shown = str(refusal.value)
+    assert shown.startswith("535 5.7.8 bad: ") and shown.endswith("5.7.8 of ***")
+    assert not [sent for sent in (secret, *b" ".join(said).decode().split()) if len(sent) > 10 and sent[:20] in shown]
+
+
+@pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
+def test_a_permanent_reply_to_anything_but_the_mail_is_the_relay_s_fault(spool, run, scripted, certificates, verb):
+    def serve(conversation):
+        conversation.greet(b"554 5.7.1 refused here\r\n" if not verb else b"220 relay.example.org\r\n")
+        while conversation.command():
+            pass
+
+    relay = scripted([*(["STARTTLS"] if verb == "STAR" else []), "AUTH PLAIN"], serve=serve)
+    relay.replies = {verb: b"554 5.7.1 refused here\r\n"} if verb else {}
+    if verb == "EHLO":
+        relay.replies["HELO"] = relay.replies["EHLO"]
+    put(spool, "m1", mail())
+    flags = ["-once", "-fail5xx", "-attempts", 1, "-smtpuser", "app", "-smtppassword", "s3cret"]
+    assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), "554 5.7.1 refused here")
+
+
+# -- CHUNKING, PIPELINING and SIZE at Postfix
+
+AWKWARD = (
+    b"X-Long: " + b"folded\n\t" * 5 + b"end\n" + b"Content-Type: text/plain; charset=utf-8\n\n"
+    b".\n..\n.dots\n\nGr\xc3\xbc\xc3\x9fe\n" + b"x" * 5000 + b"\n\n \ntrailing  \n\xff\xfe\n.\n"
+)
+
+
+@pytest.mark.parametrize("service", ["plain", "unsized", "bare"])
+@pytest.mark.parametrize("size", [0, 200_000])
+def test_a_mail_arrives_at_postfix_byte_for_byte(spool, run, postfix, service, size):
+    recipient = f"bytes.{service}.{size}@example.org"
+    text = mail(recipient, body="", Date="Tue, 24 Nov 2026 07:40:00 +0100").rstrip("\n").encode() + b"\n" + AWKWARD
+    text += b"".join(b".%d\n" % number for number in range(size // 7))
+    put(spool, "m1", text)
+    daemon = run("-once", "-smtpaddr", postfix.at(service))
+    assert daemon.status_code == 0, daemon.lines
+    content = postfix.wait_for(recipient).content
+    assert content.startswith(b"Received: from ")
+    assert content.endswith(b"\r\n" + text.replace(b"\n", b"\r\n"))
+    assert "warning" not in postfix.log() and "improper" not in postfix.log()
+
+
+def test_one_connection_to_postfix_serves_several_mails(spool, start, postfix):
+    daemon = start("-concurrency", 1, "-smtpaddr", postfix.at("plain"))
+    for number in range(4):
+        put(spool, f"m{number}", mail(f"warm{number}@example.org"))
+        postfix.wait_for(f"warm{number}@example.org")
+    daemon.stop()
+    postfix.wait_for_log("disconnect from .* ehlo=1 mail=4 rcpt=4 bdat=4 quit=1 commands=14")
+
+
+@pytest.mark.parametrize("service", ["plain", "bare"])
+def test_postfix_takes_some_recipients_of_a_mail(spool, start, postfix, service):
+    taken = f"taken.{service}@example.org"
+    put(spool, "m1", mail(f"refused@example.org, {taken}, later@example.org"))
+    daemon = start("-smtpaddr", postfix.at(service))
+    assert postfix.wait_for(taken).recipients == [taken]
+    refused = daemon.wait_for_recipient("m1", "refused@example.org", Status=0, Attempts=1)
+    later = daemon.wait_for_recipient("m1", "later@example.org", Status=0, Attempts=1)
+    assert daemon.wait_for_recipient("m1", taken, Status=2, Error="")
+    assert refused["Error"].endswith("<refused@example.org>: Recipient address rejected: not him")
+    assert refused["Error"].startswith("550 " if service == "bare" else "550 5.7.1 ")
+    assert later["Error"].startswith("450 ")
+
+
+def test_postfix_takes_no_recipient_of_a_mail(spool, start, postfix):
+    put(spool, "m1", mail("refused@example.org, later@example.org"))
+    put(spool, "m2", mail("next@example.org"))
+    daemon = start("-concurrency", 1, "-smtpaddr", postfix.at("plain"))
+    assert postfix.wait_for("next@example.org")
+    assert daemon.wait_for_recipient("m1", "refused@example.org", Attempts=1)["Error"].startswith("550 5.7.1 ")
+    daemon.stop()
+    postfix.wait_for_log("ehlo=1 mail=2 rcpt=1/3 bdat=1/2 rset=1 quit=1")
+
+
+def test_postfix_takes_few_recipients_and_connections(spool, run, postfix):
+    everybody = [[f"few.{number}.{letter}@example.org" for letter in "abcdef"] for number in range(20)]
+    for number, addresses in enumerate(everybody):
+        put(spool, f"m{number}", mail(", ".join(addresses)))
+    daemon = run("-once", "-smtpaddr", postfix.at("narrow"))
+    assert daemon.status_code == 0, daemon.lines
+    for addresses in everybody:
+        first, rest = postfix.wait_for(addresses[0]), postfix.wait_for(addresses[-1])
+        assert sorted(map(len, (first.recipients, rest.recipients))) == [2, 4]
+    assert not [line for line in daemon.lines if "error" in line or "unavailable" in line or "attempt: 1" in line]
+    postfix.wait_for_log("too many connections|Connection concurrency limit exceeded")
+
+
+@pytest.mark.parametrize(
+    "service, size, text",
+    [
+        ("plain", 400_000, "are over the relay's limit of 300000"),
+        ("unsized", 400_000, "552 "),
+        ("bare", 400_000, "552 "),
+    ],
+)
+def test_a_mail_that_is_too_large_for_postfix(spool, start, postfix, service, size, text):
+    put(spool, "m1", mail(body="0123456789\n" * (size // 11)))
+    put(spool, "m2", mail(f"after.{service}@example.org"))
+    daemon = start("-fail5xx", "-smtpaddr", postfix.at(service))
+    assert postfix.wait_for(f"after.{service}@example.org")
+    daemon.wait_for("/m1 moved to ")
+    daemon.stop()
+    (failed,) = daemon.status().values()
+    assert text in failed["To"][0]["Error"]
+
 
 # -------------------------------------------------------- several relays, rates
+
+
+def greeting(text):
+    """For ScriptedRelay's serve argument: a relay that greets like this and hangs up."""
+
+    def serve(conversation):
+        conversation.greet(text)
+        conversation.flush()
+
+    return serve
+
+
+def refusing(replies):
+    def serve(conversation):
+        conversation.replies = replies
+        conversation.serve()
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    "serve, text",
+    [
+        (None, "Connection refused"),
+        (greeting(b"421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
+        (greeting(b"554 5.7.1 go away\r\n"), "554 5.7.1 go away"),
+        (refusing({"EHLO": b"451 4.3.0 busy\r\n", "HELO": b"451 4.3.0 busy\r\n"}), "451 4.3.0 busy"),
+        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 who?"),
+        (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 later"),
+    ],
+)
+def test_the_next_relay_is_used_while_one_is_no_good(spool, run, scripted, serve, text):
+    second = scripted(["AUTH PLAIN"])
+    second.replies = {"AUTH": b"235 fine\r\n"}
+    first = scripted(["AUTH PLAIN"], serve=serve)
+    if serve is None:
+        first.stop()
+    for number in range(5):
+        put(spool, f"m{number}", mail())
+    relays = f"{first.address}, {second.address}"
+    daemon = run("-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", relays)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(second.mails.items) == 5 and not first.mails.items
+    complaints = [line for line in daemon.lines if line.startswith("relay unavailable, ")]
+    assert len(complaints) == 1 and complaints[0].endswith(text) and first.address in complaints[0]
+    assert sum("attempt: 0" in line for line in daemon.lines) == 5
+    assert serve is None or len(first.connections.items) <= 2  # one, and a probe perhaps: not one for each mail
+
+
+def test_the_first_relay_is_preferred_and_taken_back_when_it_answers_again(spool, start, scripted):
+    port, second = free_port(), scripted()
+    daemon = start("-smtpaddr", f"127.0.0.1:{port},{second.address}")
+    put(spool, "m1", mail())
+    second.wait_for(1)
+    first = scripted(port=port)
+    daemon.wait_for(f"relay available again, 127.0.0.1:{port}")  # by its own probing
+    for number in range(2, 6):
+        put(spool, f"m{number}", mail())
+    first.wait_for(4)
+    first.stop()
+    put(spool, "m6", mail())
+    second.wait_for(2)
+    assert len(first.mails.items) == 4 and len(second.mails.items) == 2
+
+
+def test_all_relays_down_is_said_of_each(spool, run, scripted):
+    relays = [scripted(serve=greeting(b"554 %d\r\n" % number)) for number in range(2)]
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", ",".join(relay.address for relay in relays))
+    assert daemon.status_code == 75
+    assert only_recipient(daemon)["Error"] == f"{relays[0].address}: 554 0; {relays[1].address}: 554 1"
+
+
+@pytest.fixture
+def ipv6():
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs IPv6")
+
+
+def relay_on(address):
+    """aiosmtpd on one of this machine's addresses."""
+    controller = Relay()
+    controller.hostname = address
+    controller.start()
+    return controller
+
+
+def test_an_ipv6_relay(spool, run, ipv6):
+    relay = relay_on("::1")
+    try:
+        put(spool, "m1", mail())
+        daemon = run("-once", "-helo", "app.example.org", "-smtpaddr", f"[::1]:{relay.port}")
+        assert daemon.status_code == 0, daemon.lines
+        assert len(relay.mails) == 1
+    finally:
+        relay.stop()
+
+
+@pytest.mark.parametrize("listening", ["127.0.0.1", "127.0.0.2"])
+def test_a_name_with_several_addresses_tries_them_all(monkeypatch, listening):
+    def getaddrinfo(host, port, **_):
+        assert host == "relay.example.org"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (at, port)) for at in ("127.0.0.1", "127.0.0.2")]
+
+    monkeypatch.setattr(spoolgore.socket, "getaddrinfo", getaddrinfo)
+    with socket.create_server((listening, 0)) as server:
+        address = spoolgore.Address("relay.example.org", server.getsockname()[1])
+        with spoolgore.connect(address, PATIENCE) as sock:
+            assert sock.getpeername() == server.getsockname()
+    with pytest.raises(ConnectionRefusedError):
+        spoolgore.connect(address, PATIENCE)
+
+
+def test_localhost_is_every_address_that_it_has(spool, run, relay):
+    put(spool, "m1", mail())  # ::1, where it is one of them, does not listen
+    assert run("-once", "-smtpaddr", f"localhost:{relay.port}").status_code == 0
+    assert len(relay.mails) == 1
+
+
+# -- the name for EHLO
+
+
+def test_the_name_that_is_given_for_ehlo(spool, run, relay):
+    put(spool, "m1", mail())
+    run("-once", "-helo", "app.example.org", "-smtpaddr", relay.address)
+    assert relay.mails[0].session.host_name == "app.example.org"
+
+
+@pytest.mark.parametrize(
+    "machine, name",
+    [("app.example.org", "app.example.org"), ("app", "[127.0.0.1]"), ("localhost.localdomain", "[127.0.0.1]")],
+)
+def test_the_name_for_ehlo_is_the_machine_s_if_it_is_a_full_one(monkeypatch, scripted, machine, name):
+    lookups, relay = [], scripted()
+    monkeypatch.setattr(spoolgore.socket, "getfqdn", lambda: lookups.append(1) or machine)
+    security = spoolgore.Security(options_of("spool"), {})
+    address = spoolgore.Address("127.0.0.1", relay.port)
+    for _ in range(3):
+        spoolgore.Connection(address, PATIENCE).dial(security).close()
+    assert [line for conversation in relay.connections.items for line in conversation.commands] == [
+        f"ehlo {name}".encode()
+    ] * 3
+    assert len(lookups) == 1
+
+
+def test_postfix_accepts_the_name_that_is_said_by_default(spool, run, postfix):
+    put(spool, "m1", mail("by.default@example.org"))
+    daemon = run("-once", "-smtpaddr", postfix.at("plain", "127.0.0.1"))
+    assert daemon.status_code == 0, daemon.lines
+    name = re.match(rb"Received: from (\S+) ", postfix.wait_for("by.default@example.org").content)[1].decode()
+    full = socket.getfqdn()
+    assert name == (full if "." in full and not full.startswith("localhost") else "[127.0.0.1]")
+
+
+# -- what stands in Error
+
+
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA", "end"])
+def test_every_line_of_a_reply_stands_in_the_error(spool, run, scripted, verb):
+    reply = b"450-4.7.1 Greylisted, see\r\n450-4.7.1  https://example.org/why\r\n450 4.7.1 and come again\r\n"
+
+    def serve(conversation):
+        if verb == "end":
+            conversation.take = lambda content: conversation.send(reply)
+        conversation.serve()
+
+    relay = scripted((), serve=serve)
+    relay.replies = {verb: reply}
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", relay.address)
+    recipient = only_recipient(daemon)
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 1)
+    assert recipient["Error"] == "450 4.7.1 Greylisted, see\n4.7.1  https://example.org/why\n4.7.1 and come again"
+    assert any(
+        line.endswith("450 4.7.1 Greylisted, see 4.7.1  https://example.org/why 4.7.1 and come again")
+        for line in daemon.lines
+    )
+
+
+# -- -rate
+
+
+class TimedRelay(ScriptedRelay):
+    """Notes when each recipient was accepted."""
+
+    def __init__(self):
+        super().__init__(())
+        self.times = Collector()
+        self.replies = {"RCPT": self.note}
+
+    def note(self, line):
+        self.times.add((time.monotonic(), path_of(line)))
+        return None
+
+    def most_in_a_window(self, seconds):
+        ledger = Ledger()
+        ledger.sent = [(moment, moment, 1) for moment, _ in self.times.items]
+        return ledger.most_in_a_window(seconds)
+
+
+@pytest.fixture
+def timed():
+    relay = TimedRelay()
+    yield relay
+    relay.stop()
+
+
+def numbered(line):
+    return int(re.search(r"(\d+)@", line)[1])
+
+
+def spool_numbered(spool, numbers):
+    """Mails whose order is that of their times, but not that of their names."""
+    for number in numbers:
+        put(spool, f"m{number * 7 % 100:02}", mail(f"{number}@example.org"))
+        os.utime(spool / f"m{number * 7 % 100:02}", (NOW + number, NOW + number))
+
+
+def test_in_no_window_more_than_the_rate_and_in_order(spool, run, timed):
+    spool_numbered(spool, range(16))
+    daemon = run("-once", "-rate", "10/s", "-smtpaddr", timed.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert len(timed.times.items) == 16 and timed.most_in_a_window(1) <= 10
+    sending = [numbered(line) for line in daemon.lines if " sending mail to " in line]
+    assert sending == sorted(sending)
+    assert len(timed.connections.items) <= 10 and not any("attempt: 1" in line for line in daemon.lines)
+
+
+def test_recipients_are_what_the_rate_counts(spool, run, timed):
+    everybody = [f"{number}@example.org" for number in range(8)]
+    put(spool, "m1", mail(", ".join(everybody)))
+    daemon = run("-once", "-rate", "5/s", "-smtpaddr", timed.address)
+    assert daemon.status_code == 0, daemon.lines
+    assert [len(mail.recipients) for mail in timed.mails.items] == [5, 3]
+    assert timed.most_in_a_window(1) <= 5
+
+
+def test_the_rate_holds_across_kills(spool, start, timed):
+    spool_numbered(spool, range(25))
+    for kills in range(1, 3):
+        daemon = start("-rate", "10/s", "-smtpaddr", timed.address)
+        timed.times.wait_for(kills * 8)
+        daemon.kill()
+    start("-rate", "10/s", "-smtpaddr", timed.address)
+    wait_until(lambda: not names(spool))
+    assert {address for _, address in timed.times.items} == {f"{number}@example.org" for number in range(25)}
+    assert timed.most_in_a_window(1) <= 10
+
+
+def test_once_leaves_what_would_have_to_wait_for_more_than_a_minute(spool, run, timed):
+    spool_numbered(spool, range(5))
+    flags = ["-once", "-rate", "3/h,100/s", "-smtpaddr", timed.address]
+    daemon = run(*flags)
+    assert daemon.status_code == 75 and len(names(spool)) == 2
+    assert sorted(numbered(address) for _, address in timed.times.items) == [0, 1, 2]
+    again = run(*flags)
+    assert again.status_code == 75 and len(names(spool)) == 2 and len(timed.times.items) == 3
+    for name in names(spool):
+        assert all(r["Attempts"] == 0 and r["Status"] == 0 for r in again.recipients(name).values())
+
+
+def test_a_daemon_that_waits_for_its_turn_stops_at_once_and_takes_flush_for_no_reason(spool, start, timed):
+    spool_numbered(spool, range(4))
+    daemon = start("-rate", "2/h", "-concurrency", 1, "-smtpaddr", timed.address)
+    timed.times.wait_for(2)
+    wait_until(lambda: len(names(spool)) == 2)
+    daemon.send("SIGURG")
+    daemon.wait_for("spool directory flushed")
+    put(spool, "late", mail("9@example.org"))
+    assert daemon.stop() == 0
+    assert daemon.lines[-1] in ("stopped (2 messages in the queue)", "stopped (3 messages in the queue)")
+    assert len(timed.times.items) == 2 and len(names(spool)) == 3
+
+
+def test_a_relay_that_is_down_uses_up_no_rate(spool, start, scripted):
+    port = free_port()
+    daemon = start("-rate", "2/h", "-smtpaddr", f"127.0.0.1:{port}")
+    put(spool, "m1", mail())
+    put(spool, "m2", mail())
+    daemon.wait_for("relay unavailable")
+    relay = scripted(port=port)
+    relay.wait_for(2)
+
+
+def test_wrong_rates_and_addresses_are_refused_at_the_start(spool):
+    for flags in (["-rate", "0/s"], ["-rate", "5/w"], ["-smtpaddr", "[::1"], ["-smtpaddr", "a:25,,b:25"]):
+        done = spoolgore_run(*flags, spool)
+        assert done.returncode == 2 and done.stderr.startswith('invalid value "')
 
 
 # ---------------------------------------------------------- crashes, full disks
