@@ -149,6 +149,7 @@ PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is dow
 LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
 CAP_SECONDS = 30  # how long a relay's limit on connections is believed
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
+UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go; a link may look like that
 SAVE_SECONDS = 1  # the least time between two writes of the status file
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
@@ -951,7 +952,7 @@ class Status:
         self.wanted.clear()
         self.urgent.clear()
         try:
-            gevent.get_hub().threadpool.apply(write_durably, (self.path, self._text()))
+            off_the_hub(write_durably, self.path, self._text())
             self._complaint = ""
         except OSError as error:
             self._failed(error)
@@ -996,8 +997,9 @@ class Status:
         self._saved.set()
 
     def thaw(self):
-        self._saved = gevent.event.Event()
-        self.thawed.set()
+        if not self.thawed.is_set():  # else somebody may wait for that event
+            self._saved = gevent.event.Event()
+            self.thawed.set()
         self.changed()
 
 
@@ -1019,6 +1021,21 @@ def write_durably(path, chunks):
         os.fsync(handle)
     os.replace(temporary, path)
     sync_directory(os.path.dirname(path))
+
+
+def off_the_hub(function, *arguments):
+    """Call, in a thread, what waits for the disk. Raises OSError."""
+    if error := gevent.get_hub().threadpool.apply(os_error, (function, *arguments)):
+        raise error
+
+
+def os_error(function, *arguments):
+    """Call it and return its OSError, or None: an exception that leaves its thread is printed by gevent."""
+    try:
+        function(*arguments)
+    except OSError as error:
+        return error
+    return None
 
 
 def sync_directory(path):
@@ -1060,11 +1077,15 @@ class Mail(NamedTuple):
     path: str
     file: object
     identity: tuple
-    links: int
 
     @property
     def size(self):
         return self.identity[2]
+
+    @property
+    def links(self):
+        """How many names the file has by now."""
+        return os.fstat(self.file.fileno()).st_nlink
 
 
 def identity(status):
@@ -1106,7 +1127,8 @@ def is_being_written(handle, status, now, whole):
     refused = lease_refused(handle)
     if refused is not None:
         return refused
-    return abs(now - status.st_mtime) < QUIET_SECONDS if whole is None else not whole
+    pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[whole]
+    return abs(now - status.st_mtime) < pause
 
 
 def is_locked(handle, pid):
@@ -1185,8 +1207,8 @@ class Spool:
             owner = os.read(handle, 32).decode("ascii", "replace").strip()
             os.close(handle)
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+            os.ftruncate(handle, os.write(handle, f"{os.getpid()}\n".encode()))
         previous, self._lock = self._lock, handle
         if previous is not None:
             os.close(previous)
@@ -1208,7 +1230,7 @@ class Spool:
         """Open a file for sending, as a Mail.
 
         whole: whether its writer was seen to finish it; None when nothing was seen. Where the system can say itself
-        that nobody writes the file, that counts; else whole; else a file that changed in the last second waits.
+        whether somebody writes the file, that counts; else whole, but a file that rests for long is believed to be.
         Raises FileNotFoundError, NotYet, NotAMail, or another OSError when it cannot be read.
         """
         if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -1218,7 +1240,7 @@ class Spool:
         if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, whole):
             file.close()
             raise NotYet
-        return Mail(path, file, identity(status), status.st_nlink)
+        return Mail(path, file, identity(status))
 
     def unchanged(self, mail):
         """Whether the path still names the file that was claimed, with the same content."""
@@ -1806,7 +1828,7 @@ def first_line_of(command, seconds):
         raise
     if process.returncode:
         raise RelayError(f"the password command failed with exit status {process.returncode}")
-    if not (line := output.decode("utf-8", "replace").partition("\n")[0].rstrip("\r")):
+    if not (line := output.decode("utf-8", "surrogateescape").partition("\n")[0].rstrip("\r")):
         raise RelayError("the password command printed nothing")
     return line
 
@@ -1861,12 +1883,17 @@ def auth_response(mechanism, user, password, challenge, step):
     if mechanism == "login":
         return (user, password)[min(step, 1)]
     if mechanism == "cram-md5":
-        return f"{user} {hmac.new(password.encode(), challenge, 'md5').hexdigest()}"
+        return f"{user} {hmac.new(octets_of(password), challenge, 'md5').hexdigest()}"
     return "" if step else f"user={user}\1auth=Bearer {password}\1\1"
 
 
+def octets_of(text):
+    """UTF-8, and what was none on the command line or in the environment as it was there."""
+    return text.encode("utf-8", "surrogateescape")
+
+
 def encoded(text):
-    return base64.b64encode(text.encode()).decode()
+    return base64.b64encode(octets_of(text)).decode()
 
 
 def decoded(challenge):
@@ -2276,7 +2303,7 @@ class Turnstile:
         if file.write(line.encode()) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if durable:
-            gevent.get_hub().threadpool.apply(sync, (file,))
+            off_the_hub(sync, file)
 
     def _failed(self, error):
         self._file = None  # written anew next time: half a line may stand at its end
@@ -2900,8 +2927,10 @@ class Spooler:
             self.later(path, self.clock() + QUIET_SECONDS)
         except NotAMail as error:
             self.ignore(path, seen, "" if os.path.isdir(path) and not os.path.islink(path) else str(error))
-        except OSError as error:
+        except PermissionError as error:
             self.hold(path, seen, f"unable to read mail file, {error.strerror}")
+        except OSError as error:
+            self.cannot_read(path, error)
         else:
             with mail.file:
                 self.whole.pop(path, None)
@@ -2916,9 +2945,19 @@ class Spooler:
     def hold(self, path, seen, reason):
         """The mail stays where it is, and its entry says why."""
         self.ignore(path, seen, reason)
+        self.show(path, reason)
+
+    def show(self, path, reason):
+        """The entry says why the mail is not sent."""
         envelope = self.status.peek(path) if path in self.status else new_envelope(None, self.clock())
         if isinstance(envelope, dict):  # an edit may have made anything of it
             self.status.put(path, unusable(envelope, reason))
+
+    def cannot_read(self, path, error):
+        """Out of descriptors, or a fault of the disk: the file itself may be fine, and need not change."""
+        self.say("read", f"unable to read mail files, {error.strerror} (it is tried again)")
+        self.show(path, f"unable to read mail file, {error.strerror}")
+        self.later(path, self.clock() + retry_delay(1))
 
     def open_mail(self, mail, seen):
         """Read the message, find its envelope, deliver."""
@@ -2929,7 +2968,7 @@ class Spooler:
         except BadMessage as error:
             return self.hold(mail.path, seen, f"unable to parse mail file, {error}")
         except OSError as error:
-            return self.hold(mail.path, seen, f"unable to read mail file, {error.strerror}")
+            return self.cannot_read(mail.path, error)
         try:
             envelope = self.envelope_of(mail.path, message)
         except CorruptStatus as error:
@@ -2944,7 +2983,7 @@ class Spooler:
             return True
         inode = mail.identity[:2]
         owner = self.owners.get(inode)
-        if owner is None or not os.path.lexists(owner):
+        if owner is None or not self.spool.unchanged(mail._replace(path=owner)):
             owner = next((name for name in self.spool.names(mail) if name in self.status), mail.path)
             self.owners[inode] = owner
         return owner == mail.path

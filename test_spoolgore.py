@@ -1929,6 +1929,15 @@ def test_a_delivery_is_on_the_disk_before_its_mail_goes_on(status, saver, name):
     assert [recipient["Status"] for recipient in saved_entries(status)[path]["To"]] == [2, 0]
 
 
+def test_a_flush_does_not_forget_who_waits_for_a_write(status):
+    waiting = gevent.spawn(status.commit)
+    gevent.sleep(0)
+    status.thaw()  # it was not suspended
+    status.save()
+    waiting.join(PATIENCE)
+    assert waiting.successful()
+
+
 def test_deliveries_of_a_write_that_failed_are_not_forgotten(status, caplog):
     saved_status(status, {"/spool/m1": envelope_to(addressee("a@x.org"), addressee("b@x.org"), addressee("c@x.org"))})
     deliver_one(status, "/spool/m1", "a@x.org")
@@ -2356,6 +2365,399 @@ def test_when_progress_has_the_next_word():
 
 
 # ----------------------------- spool: what is no mail, and what is not finished
+
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+AS_OTHERS = "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"
+BOUND = ("setpriv", *AS_OTHERS, sys.executable) if ROOT else (sys.executable,)  # permissions bind it, even as root
+
+
+def wait_for_scans(spool, relay, count=2):
+    """Return when a daemon without inotify has listed the spool so often: each of these mails takes a scan."""
+    for number in range(count):
+        put(spool, f"scan{number}-{time.monotonic_ns()}", mail("scan@example.org"))
+        relay.wait_for(len(relay.mails) + 1)
+
+
+def sent_to(relay):
+    """Every address that a mail went to, as often as it did."""
+    received = relay.mails if isinstance(relay.mails, list) else relay.mails.items
+    return sorted(address for one in received for address in one.recipients)
+
+
+def said(daemon, text):
+    return [line for line in daemon.lines if text in line]
+
+
+def flush_until(daemon, check):
+    """SIGURG, as often as it takes: it does not hasten a mail that is in flight."""
+
+    def flushed():
+        flushes = len(said(daemon, "flushed"))
+        daemon.send("SIGURG")
+        return daemon.wait_for("flushed", flushes + 1) and check()
+
+    wait_until(flushed)
+
+
+def test_what_is_no_regular_file_is_said_once_and_left_alone(spool, relay, start):
+    outside = spool.parent / "outside"
+    outside.write_text(mail("outside@example.org"))
+    (spool / "link").symlink_to(outside)
+    (spool / "dangling").symlink_to(spool / "nowhere")
+    os.mkfifo(spool / "fifo")
+    os.mknod(spool / "socket", 0o666 | stat.S_IFSOCK)
+    if ROOT:
+        os.mknod(spool / "device", 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero, which has no end
+    strange = names(spool)
+    (spool / "directory").mkdir()
+    (spool / "directory" / "inner").write_text(mail("inner@example.org"))
+    (spool / ".hidden").write_text(mail("hidden@example.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, python=lacking("inotify"))
+    wait_for_scans(spool, relay, 3)
+    wait_until(lambda: names(spool) == sorted([*strange, "directory"]))
+    assert sorted(said(daemon, "ignored")) == [f"{spool}/{name} not a regular file, ignored" for name in strange]
+    assert set(sent_to(relay)) == {"scan@example.org"}
+    (spool / "link").unlink()
+    put(spool, "link", mail("regular@example.org"))  # the name is as good as any other
+    relay.wait_for(4)
+    assert daemon.stop() == 0
+    assert sent_to(relay)[0] == "regular@example.org" and daemon.status() == {}
+
+
+@pytest.mark.parametrize("thing", [os.mkfifo, lambda path: os.symlink(__file__, path), os.mkdir])
+def test_a_name_that_becomes_something_else_just_before_it_is_opened(spool, monkeypatch, thing):
+    (spool / "file").write_text(mail())
+    regular = os.lstat(spool / "file")
+    thing(spool / "m1")
+    monkeypatch.setattr(os, "lstat", lambda path: regular)
+    with pytest.raises((spoolgore.NotYet, OSError)):
+        spoolgore.Spool(str(spool)).claim(str(spool / "m1"), NOW)
+
+
+def test_what_cannot_be_sent_is_said_once_and_is_sent_when_it_is_mended(spool, relay, start):
+    problems = {
+        "unreadable": "unable to read mail file, Permission denied",
+        "empty": "has no recipients",
+        "broken": 'unable to parse mail file, malformed MIME header: missing colon: "no header"',
+    }
+    put(spool, "unreadable", mail("unreadable@example.org"))
+    (spool / "unreadable").chmod(0)
+    put(spool, "empty", "")
+    put(spool, "broken", "no header\n")
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, python=BOUND)
+    wait_until(lambda: {name: entry["Error"] for name, entry in daemon.status().items()} == problems)
+    (spool / "unreadable").chmod(0o600)
+    (spool / "empty").write_text(mail("empty@example.org"))
+    put(spool, "broken", mail("broken@example.org"))
+    relay.wait_for(3)
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0 and daemon.status() == {}
+    assert sent_to(relay) == ["broken@example.org", "empty@example.org", "unreadable@example.org"]
+    assert [len(said(daemon, problem)) for problem in problems.values()] == [1, 1, 1]
+
+
+@pytest.mark.skipif(not shutil.which("prlimit"), reason="prlimit (util-linux) is not here")
+def test_a_mail_that_cannot_be_opened_for_want_of_descriptors_is_not_given_up(spool, scripted, start):
+    relay, gate = scripted(), threading.Event()
+    relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
+    for number in range(60):
+        put(spool, f"m{number}", mail(f"a{number:02}@example.org"))
+    daemon = start("-smtpaddr", relay.address, python=("prlimit", "--nofile=40:40", sys.executable))
+    daemon.wait_for("unable to read mail files, Too many open files")
+    gate.set()
+    relay.wait_for(10)
+    flush_until(daemon, lambda: not names(spool))
+    assert sent_to(relay) == [f"a{number:02}@example.org" for number in range(60)]
+    assert len(said(daemon, "unable to read")) == 1
+
+
+def test_a_file_of_100_megabytes(spool, scripted, start):
+    line = b"." + b"x" * 997 + b"\n"
+    count = 100 * 2**20 // len(line)
+    put(spool, "m1", mail().encode() + line * count)
+    relay, sizes = scripted(), Collector()
+
+    def data():  # not the whole in memory
+        size, tail = 0, b"\r\n"
+        while tail != b"\r\n.\r\n":
+            if not relay_end.unread:
+                relay_end.receive()
+            size, tail = size + len(relay_end.unread), (tail + bytes(relay_end.unread[-5:]))[-5:]
+            relay_end.unread.clear()
+        sizes.add(size)
+        return b""
+
+    def serve(conversation):
+        nonlocal relay_end
+        relay_end, conversation.data = conversation, data
+        conversation.serve()
+
+    relay_end, relay.serve = None, serve
+    daemon = start("-smtpaddr", relay.address)
+    wait_until(lambda: not names(spool), "it is sent")
+    header = len(mail().replace("\n", "\r\n"))
+    assert sizes.items == [header + count * (len(line) + 2) + 3]  # a dot and a CR more for each line, and the last dot
+    if Path("/proc/self/status").exists():
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{daemon.process.pid}/status").read_text())
+        assert int(peak[1]) < 80_000
+
+
+ODD_NAMES = [
+    b"two words",
+    b"new\nline",
+    b"-freq",
+    b"\xff\xfe",
+    "Grüße".encode(),
+    b'"\\{}',
+    b"\x1b[2J",
+    b"%s",
+    b"x" * 255,
+]
+
+
+def test_odd_names(spool, relay, start):
+    """Deferred, known after a kill, given up, queued again, sent."""
+    directory, addresses = os.fsencode(spool), [f"a{number}@example.org" for number in range(len(ODD_NAMES))]
+    for name, address in zip(ODD_NAMES, addresses):
+        (spool / ".aside").write_text(mail(f"{address}, early@example.org"))
+        os.rename(spool / ".aside", os.path.join(directory, name))
+        relay.recorder.rcpt_replies[address] = ["451 4.7.1 try later"] * 2
+    first = start("-smtpaddr", relay.address, "-attempts", 2)
+    first.wait_for("SMTP error", len(ODD_NAMES))
+    wait_until(
+        lambda: (
+            len(first.status()) == len(ODD_NAMES) and all(e["To"][1]["Status"] == 2 for e in first.status().values())
+        )
+    )
+    first.kill()
+    daemon = start("-smtpaddr", relay.address, "-attempts", 2)
+    daemon.send("SIGURG")
+    daemon.wait_for("moved to", len(ODD_NAMES))
+    assert sorted(os.listdir(directory + b"/.failed")) == sorted(ODD_NAMES) and names(spool) == []
+    assert len(spoolgore_run("-status", spool).stdout.splitlines()) == 6 + len(ODD_NAMES)
+    for name in ODD_NAMES:
+        os.rename(os.path.join(directory, b".failed", name), os.path.join(directory, name))
+    wait_until(lambda: not names(spool))
+    assert sent_to(relay) == addresses + ["early@example.org"] * len(ODD_NAMES)
+    assert all(line.isprintable() for line in first.lines + daemon.lines)
+    assert daemon.stop() == 0 and daemon.status() == {}
+
+
+def gated(scripted):
+    """A relay that lets no mail begin until its gate is open."""
+    relay = scripted()
+    relay.gate, relay.begun = threading.Event(), Collector()
+    relay.replies = {"MAIL": lambda line: relay.begun.add(line) or (relay.gate.wait(PATIENCE) and None)}
+    return relay
+
+
+def test_a_file_that_vanishes_before_its_turn(spool, scripted, start):
+    relay = gated(scripted)
+    for name in ("m1", "m2", "m3"):
+        put(spool, name, mail(f"{name}@example.org"))
+    daemon = start("-smtpaddr", relay.address, "-concurrency", 1)
+    relay.begun.wait_for(1)
+    (spool / "m2").unlink()
+    relay.gate.set()
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0
+    assert sent_to(relay) == ["m1@example.org", "m3@example.org"]
+    assert said(daemon, "m2") == [] and daemon.status() == {}
+
+
+def test_a_file_that_vanishes_or_is_another_mail_when_it_was_sent(spool, scripted, start):
+    relay = gated(scripted)
+    put(spool, "m1", mail("gone@example.org"))
+    put(spool, "m2", mail("old@example.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    relay.begun.wait_for(2)
+    (spool / "m1").unlink()
+    put(spool, "m2", mail("new@example.org"))
+    relay.gate.set()
+    relay.wait_for(3)
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0
+    assert sent_to(relay) == ["gone@example.org", "new@example.org", "old@example.org"]
+    assert said(daemon, "unable") == [] and daemon.status() == {}
+
+
+def test_two_names_of_one_file_are_one_mail(spool, scripted, start):
+    relay = gated(scripted)
+    put(spool, "m1", mail("a@example.org"))
+    os.link(spool / "m1", spool / "m2")
+    put(spool, "m3", mail("b@example.org"))
+    daemon = start("-smtpaddr", relay.address)
+    relay.begun.wait_for(2)
+    os.link(spool / "m3", spool / "m4")
+    relay.gate.set()
+    wait_until(lambda: not names(spool))
+    put(spool, "m5", mail("c@example.org"))
+    relay.wait_for(3)
+    assert daemon.stop() == 0
+    assert sent_to(relay) == ["a@example.org", "b@example.org", "c@example.org"]
+
+
+def test_two_names_of_a_file_that_is_given_up(spool, relay, start):
+    relay.recorder.rcpt_replies["a@example.org"] = "550 5.1.1 no such user"
+    put(spool, "m1", mail("a@example.org"))
+    os.link(spool / "m1", spool / "m2")
+    daemon = start("-smtpaddr", relay.address, "-attempts", 1)
+    wait_until(lambda: not names(spool))
+    assert len(os.listdir(spool / ".failed")) == 1
+    assert daemon.stop() == 0
+    assert list(daemon.status()) == os.listdir(spool / ".failed")
+
+
+def test_a_name_that_is_another_files_by_now_does_not_stand_for_the_old_one(spool, relay, start):
+    relay.recorder.rcpt_replies["a@example.org"] = ["451 4.7.1 try later"]
+    put(spool, "m1", mail("a@example.org"))
+    os.link(spool / "m1", spool / "m2")
+    os.link(spool / "m1", spool / "m3")
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    first = daemon.wait_for("SMTP error")[0][20:].split()[0]
+    put(spool, os.path.basename(first), "broken\n")
+    relay.wait_for(1)  # by one of its other names, long before the first one's time has come
+    wait_until(lambda: names(spool) == [os.path.basename(first)])
+
+
+def test_ten_thousand_files_at_once(tmp_path, start):
+    """While the daemon runs, so that inotify's queue may run over; each goes once."""
+    addresses = [f"a{number:05}@example.org" for number in range(10_000)]
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else tmp_path
+    with tempfile.TemporaryDirectory(dir=memory) as spool, open(tmp_path / "printed", "wb") as printed:
+        daemon = start("-smtpaddr", "-", directory=spool, stdout=printed)
+        before = open_files(daemon)
+        for address in addresses:
+            put(spool, address, mail(address))
+        wait_until(lambda: not names(spool))
+        assert open_files(daemon) <= before + 1  # a thread's
+        assert daemon.stop() == 0 and daemon.status() == {}
+    assert sorted(re.findall(r"^RCPT TO:<(.*)>$", (tmp_path / "printed").read_text(), re.MULTILINE)) == addresses
+
+
+def open_files(daemon):
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
+def test_the_spool_is_removed_and_made_again(spool, relay, start):
+    relay.recorder.rcpt_replies["late@example.org"] = "451 4.7.1 try later"
+    put(spool, "m1", mail("late@example.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    wait_until(lambda: daemon.recipients("m1").get("late@example.org", {}).get("Attempts") == 1)
+    before = open_files(daemon)
+    for number in range(2):
+        wait_until(lambda: shutil.rmtree(spool, ignore_errors=True) or not spool.exists())  # it may write meanwhile
+        daemon.wait_for("unable to access spool directory", number + 1)
+        spool.mkdir()
+        put(spool, "m2", mail("a@example.org"))
+        relay.wait_for(number + 1)
+        daemon.wait_for("accessible again", number + 1)
+    assert said(daemon, "m1")[2:] == []  # it went with the directory
+    second = spoolgore_run(spool)
+    assert second.returncode == 1 and f"pid {daemon.process.pid}" in second.stderr
+    assert open_files(daemon) <= before + 2  # connections to the relay
+    wait_until(lambda: not names(spool) and not daemon.status())
+    assert daemon.stop() == 0
+    assert len(said(daemon, "unable to access")) == 2
+
+
+# missing on the system, and whether the daemon is killed and started again meanwhile
+HALF_WRITTEN = [
+    ((), False),
+    ((), True),
+    (("leases",), False),
+    (("leases",), True),
+    (("inotify",), False),
+    (("leases", "inotify"), True),
+]
+
+
+def test_a_file_that_is_written_slowly_in_place_is_sent_once_and_whole(tmp_path, relay, start):
+    """Three seconds, before seven daemons at once."""
+
+    def begin(number):
+        missing = HALF_WRITTEN[number][0]
+        return start(
+            "-smtpaddr", relay.address, "-freq", 0, directory=spools[number], python=lacking(*missing), wait=False
+        )
+
+    spools = [tmp_path / f"spool{number}" for number in range(len(HALF_WRITTEN))]
+    for spool in spools:
+        spool.mkdir()
+    daemons = [begin(number) for number in range(len(spools))]
+    for daemon in daemons:
+        daemon.wait_for("--- starting")
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(open(spool / "m1", "w", buffering=1)) for spool in spools]
+        for number, file in enumerate(files):
+            file.write(mail(f"a{number}@example.org"))
+        for step in range(30):
+            for file in files:
+                file.write(f"line {step}\n")
+            for number in [number for number, (_, again) in enumerate(HALF_WRITTEN) if again and step == 10]:
+                daemons[number].kill()
+                daemons[number] = begin(number)
+            time.sleep(0.1)
+        assert relay.mails == []
+    relay.wait_for(len(spools))
+    wait_until(lambda: not any(map(names, spools)))
+    assert sent_to(relay) == [f"a{number}@example.org" for number in range(len(spools))]
+    assert all(received.content.count(b"line ") == 30 for received in relay.mails)
+
+
+@pytest.mark.parametrize(
+    ("whole", "mtime", "is_written"),
+    [
+        (None, NOW - 0.5, True),
+        (None, NOW - 1.5, False),
+        (None, NOW + 3600, False),  # another machine's clock, or a copy that keeps the time
+        (True, NOW, False),
+        (False, NOW - 50, True),
+        (False, NOW - 70, False),
+    ],
+)
+def test_when_a_file_without_lease_is_taken(spool, monkeypatch, whole, mtime, is_written):
+    monkeypatch.setattr(spoolgore, "lease_refused", lambda handle: None)
+    put(spool, "m1", mail())
+    os.utime(spool / "m1", (mtime, mtime))
+    with pytest.raises(spoolgore.NotYet) if is_written else contextlib.nullcontext():
+        spoolgore.Spool(str(spool)).claim(str(spool / "m1"), NOW, whole).file.close()
+
+
+def link(spool, name, text):
+    """Spool a mail as some applications do: write it elsewhere, link it into the spool, unlink it there."""
+    aside = spool.parent / name
+    aside.write_text(text)
+    os.utime(aside, (1, 1))  # without leases it has to rest for a second
+    os.link(aside, spool / name)
+    aside.unlink()
+
+
+def write_in_place(spool, name, text):
+    (spool / name).write_text(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is for Linux")
+@pytest.mark.parametrize("missing", [(), ("leases",)], ids=["all", "no leases"])
+def test_new_mail_is_picked_up_long_before_the_next_scan(spool, relay, start, missing):
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600, python=lacking(*missing))
+    link(spool, "m0", mail())
+    relay.wait_for(1)  # the first scan is over
+    for number, write in enumerate([put, link, write_in_place] * 4, 1):
+        write(spool, f"m{number}", mail())
+        relay.wait_for(number + 1)
+    wait_until(lambda: not names(spool))
+    assert daemon.stop() == 0
+    assert len(relay.mails) == 13
+
+
+def test_without_inotify_new_mail_is_found_by_scanning(spool, relay, start):
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, python=lacking("inotify"))
+    wait_for_scans(spool, relay, 2)
+    assert daemon.stop() == 0
+    assert said(daemon, "no inotify") == [
+        "no inotify ('NoneType' object is not callable): new mails are seen every 0 s"
+    ]
 
 
 # ---------------------------------------------------- delivery, retry, given up
@@ -5232,6 +5634,290 @@ def test_wrong_rates_and_addresses_are_refused_at_the_start(spool):
 
 
 # ---------------------------------------------------------- crashes, full disks
+
+
+class Mayhem(ScriptedRelay):
+    """A relay that defers some recipients, and remembers in which run of the daemon it took each: runs, by address.
+
+    reached is set when it has gone so many more steps.
+    """
+
+    def __init__(self, chance, addresses):
+        self.lock = threading.Lock()
+        self.deferrals = {address: chance.choice((0, 0, 0, 1, 2)) for address in addresses}
+        self.runs = {address: [] for address in addresses}
+        self.run, self.steps, self.reached = 0, 0, threading.Event()
+        self.replies = {"RCPT": self.rcpt}
+        super().__init__(serve=self.serve_steps)
+
+    def wait_for_steps(self, steps):
+        self.steps, self.reached = steps, threading.Event()
+        self.reached.wait(5)  # there may be less to do
+
+    def serve_steps(self, conversation):
+        run = self.run
+
+        def take(content):
+            with self.lock:
+                for address in conversation.recipients:
+                    self.runs[address].append(run)
+            conversation.send(b"250 2.0.0 taken\r\n")
+
+        conversation.take = take
+        conversation.greet()
+        while conversation.command():
+            self.steps -= 1
+            if self.steps <= 0:
+                self.reached.set()
+            time.sleep(random.random() / 500)  # so that mails are under way at the same time
+
+    def rcpt(self, line):
+        address = path_of(line)
+        with self.lock:
+            if self.deferrals[address]:
+                self.deferrals[address] -= 1
+                return b"451 4.7.1 try later\r\n"
+        return None
+
+
+def under_way(daemon):
+    """The recipients whose transaction had begun when the daemon died and is not on the disk: pairs of mail and address."""
+    flying, done = set(), set()
+    for line in daemon.lines:
+        if match := re.fullmatch(r"\S*/(\w+) sending mail to (\S+) attempt: \d+", line):
+            flying.add(match.groups())
+        elif match := re.fullmatch(r"\S*/(\w+) SMTP error, mail to (\S+) 451 .*", line):
+            flying.discard(match.groups())
+        elif match := re.fullmatch(r"\S*/(\w+) successfully sent to (\S+)", line):
+            done.add(match.groups())
+    left, status = set(names(daemon.spool)), daemon.status()  # raises if the file does not parse
+    written = {(name, r["Address"]) for name, e in status.items() for r in spoolgore.recipients(e) if r["Status"] == 2}
+    recorded = {(name, address) for name, address in done if name not in left or (name, address) in written}
+    return flying - recorded
+
+
+def test_nothing_is_lost_when_the_daemon_is_killed_again_and_again(spool, start):
+    """500 mails, 50 kills. A recipient gets a mail twice only if its transaction was under way at a kill."""
+    kills, concurrency, seed = 50, 4, int(os.environ.get("SEED") or random.randrange(2**32))
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    mails = {f"m{n}": [f"r{k}.m{n}@x.org" for k in range(chance.randint(1, 5))] for n in range(500)}
+    for name, addresses in mails.items():
+        put(spool, name, mail(", ".join(addresses)))
+    relay, in_flight = Mayhem(chance, sum(mails.values(), [])), []
+    for _ in range(kills):
+        daemon = start("-smtpaddr", relay.address, "-concurrency", concurrency, wait=False)
+        if chance.random() < 0.1:
+            time.sleep(chance.random() / 2)  # perhaps before it has begun
+        else:
+            daemon.wait_for("--- starting")
+            daemon.send("SIGURG")  # what was deferred is due now
+            relay.wait_for_steps(chance.randint(1, 120))
+        daemon.kill()
+        in_flight.append(under_way(daemon))
+        assert len({name for name, _ in in_flight[-1]}) <= concurrency
+        relay.run += 1
+    assert names(spool), "the kills came too late"
+    relay.deferrals = dict.fromkeys(relay.deferrals, 0)
+    daemon = start("-smtpaddr", relay.address)
+    daemon.send("SIGURG")
+    wait_until(lambda: not names(spool), "all mails are settled")
+    assert daemon.stop() == 0
+    relay.stop()
+    assert daemon.status() == {} and not (spool / ".failed").exists()
+    assert [address for address, runs in relay.runs.items() if not runs] == []
+    twice = [{a for a, runs in relay.runs.items() if run in runs[:-1]} for run in range(kills)]
+    print(f"{sum(map(len, twice))} duplicates, {sum(map(len, in_flight))} recipients in flight at {kills} kills")
+    for again, flying in zip(twice, in_flight):
+        assert again <= {address for _, address in flying}
+    assert all(len(set(runs)) == len(runs) for runs in relay.runs.values())
+
+
+def needed(present, what):
+    """Skip a test for want of something; where everything should be there, in continuous integration, it fails."""
+    if not present:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {what}")
+
+
+def has_only_log_lines(daemon):
+    """No traceback: every line has its time."""
+    return all(re.match(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \S", line) for line in daemon.log.items)
+
+
+@contextlib.contextmanager
+def full_file_system(spool):
+    """Gives the interpreter for a daemon whose spool is full, and a function that makes room."""
+    needed(ROOT, "root, to mount a small file system")
+    with contextlib.suppress(OSError), open(spool / ".ballast", "wb", buffering=0) as ballast:
+        while ballast.write(b"x" * 4096):
+            pass
+    yield (sys.executable,), lambda daemon: (spool / ".ballast").unlink()
+
+
+@contextlib.contextmanager
+def limited_files(spool):
+    """The same by a limit on the size of its files; there is room for its pid."""
+    resource = pytest.importorskip("resource")
+    needed(shutil.which("prlimit"), "prlimit (util-linux)")
+    no_limit = resource.RLIM_INFINITY, resource.RLIM_INFINITY
+    yield (
+        ("prlimit", "--fsize=50:unlimited", sys.executable),
+        lambda daemon: resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, no_limit),
+    )
+
+
+@pytest.fixture
+def small_spool(spool):
+    """The spool on a small file system, if that can be had."""
+    if ROOT:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", spool], check=True)
+    yield spool
+    if ROOT:
+        subprocess.run(["umount", "-l", spool], check=True)
+
+
+@pytest.mark.parametrize("full_disk", [full_file_system, limited_files])
+def test_a_full_disk_is_said_once_stops_nobody_and_nothing_is_forgotten(small_spool, relay, start, full_disk):
+    relay.recorder.rcpt_replies["late@example.org"] = "451 4.7.1 try later"
+    addresses = [f"a{number}@example.org" for number in range(10, 60)]  # so that the status is larger than a mail
+    put(small_spool, "m1", mail(", ".join([*addresses, "late@example.org"])))
+    put(small_spool, "m2", mail("b@example.org"))
+    with full_disk(small_spool) as (python, make_room):
+        daemon = start("-smtpaddr", relay.address, python=python)
+        wait_until(lambda: names(small_spool) == ["m1"])
+        daemon.wait_for("unable to write status file, .*(File too large|No space left on device)")
+        flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)  # each tries to write
+        assert daemon.status() == {}
+        make_room(daemon)
+        daemon.wait_for_recipient("m1", addresses[0], Status=2)
+        errors = len(said(daemon, "SMTP error"))
+        daemon.wait_for_recipient("m1", "late@example.org", Status=0, Attempts=errors)
+    daemon.kill()
+    assert len(said(daemon, "unable to")) == 1 and has_only_log_lines(daemon)
+    relay.recorder.rcpt_replies.clear()
+    start("-smtpaddr", relay.address).send("SIGURG")
+    wait_until(lambda: not names(small_spool))
+    assert sent_to(relay) == [*addresses, "b@example.org", "late@example.org"]
+
+
+def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotten(spool, scripted, start):
+    relay, ready = gated(scripted), threading.Event()
+    relay.replies["RCPT"] = lambda line: None if ready.is_set() or b"late@" not in line else b"451 4.7.1 later\r\n"
+    put(spool, "m1", mail("a@example.org"))
+    put(spool, "m2", mail("b@example.org, late@example.org"))
+    daemon = start("-smtpaddr", relay.address, python=BOUND)
+    relay.begun.wait_for(2)
+    spool.chmod(0o500)
+    relay.gate.set()
+    daemon.wait_for("unable to remove mails that are settled, Permission denied")
+    daemon.wait_for("unable to write status file, Permission denied")
+    flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)
+    spool.chmod(0o700)
+    daemon.wait_for_recipient("m2", "b@example.org", Status=2)
+    ready.set()
+    flush_until(daemon, lambda: not names(spool))  # without it: in a minute
+    assert daemon.stop() == 0 and daemon.status() == {}
+    assert sent_to(relay) == ["a@example.org", "b@example.org", "late@example.org"]
+    assert len(said(daemon, "unable to")) == 2 and has_only_log_lines(daemon)
+
+
+WHAT_A_CRASH_LEFT = {  # entries of the status file, the mail's place, to whom it is sent then, the entries that are left
+    "before the file of a delivered mail was removed": ({"m1": [(2, "")]}, "m1", [], {}),
+    "before a mail that is given up was moved": ({"m1": [(2, "550 no"), (2, "")]}, "m1", [], {".failed/m1": [(2, "550 no"), (2, "")]}),
+    "before its move was written": ({"m1": [(2, "550 no"), (2, "")]}, ".failed/m1", [], {".failed/m1": [(2, "550 no"), (2, "")]}),
+    "before it was written that it is back": ({".failed/m1": [(2, "550 no"), (2, "")]}, "m1", ["r0@x.org"], {}),
+    "in mid-transaction": ({"m1": [(2, ""), (1, ""), (0, "")]}, "m1", ["r1@x.org", "r2@x.org"], {}),
+    "before the removal of a mail was written": ({"m1": [(1, "")], "gone": [(1, "")]}, "m1", ["r0@x.org"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WHAT_A_CRASH_LEFT)
+def test_the_start_after_a_crash(spool, relay, run, case):
+    before, place, sent, after = WHAT_A_CRASH_LEFT[case]
+    (spool / ".failed").mkdir()
+    addresses = [f"r{number}@x.org" for number in range(len(before.get("m1") or before[".failed/m1"]))]
+    put_status(
+        spool,
+        {
+            name: entry(*(recipient(a, s, 1, e, -1) for a, (s, e) in zip(addresses, states)))
+            for name, states in before.items()
+        },
+    )
+    for name in before:
+        (spool / name).unlink()
+    (spool / place).write_text(mail(", ".join(addresses)))
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert sent_to(relay) == sent and names(spool) == []
+    text = json.loads((spool / ".spoolgore.js").read_text())
+    left = {os.path.relpath(path, spool): [(r["Status"], r["Error"]) for r in e["To"]] for path, e in text.items()}
+    assert left == after and os.listdir(spool / ".failed") == [os.path.basename(name) for name in after]
+
+
+def test_one_spool_one_daemon(spool, relay, start, run):
+    (spool / ".spoolgore.lock").write_text("1\n")  # a pid that lives has nothing to say
+    first = start("-smtpaddr", relay.address)
+    for flags in (["-once"], ["-json", spool / "other.js"]):
+        second = run("-smtpaddr", relay.address, *flags)
+        assert second.status_code == 1
+        assert second.lines == [f"spool directory {spool} is in use by pid {first.process.pid}"]
+    first.kill()
+    third = start("-smtpaddr", relay.address)
+    assert (spool / ".spoolgore.lock").read_text() == f"{third.process.pid}\n"
+    put(spool, "m1", mail())
+    relay.wait_for(1)
+
+
+# -------------------------------------------------------------------- secrets
+
+PASSWORD = "Geheim+"
+LOGINS = [  # flags, environment
+    (["-smtpuser", "me", "-smtppassword", PASSWORD], {}),
+    (["-smtpuser", "me"], {"SPOOLGORE_SMTPPASSWORD": PASSWORD}),
+    (["-smtpuser", "me", "-smtpauth", "login", "-smtppasswordcommand", f"echo {PASSWORD}"], {}),
+    (["-smtpuser", "me", "-smtpauth", "xoauth2", "-smtppasswordcommand", f"echo {PASSWORD}"], {}),
+    (["-smtpmd5user", "me"], {"SPOOLGORE_SMTPMD5PASSWORD": PASSWORD}),
+    (["-smtpuser", "me", "-smtppassword", "\udcff" + PASSWORD], {}),
+]
+
+
+def refuse_and_repeat(conversation):
+    """Refuses every login, and says what it heard."""
+
+    def on_AUTH(line):
+        prompts = {b"LOGIN": [b"VXNlcm5hbWU6", b"UGFzc3dvcmQ6"], b"CRAM-MD5": [b"PDFAeD4="]}
+        for prompt in prompts.get(line.split()[1], ()):
+            conversation.send(b"334 %s\r\n" % prompt)
+            line = conversation.line()
+        conversation.send(b"535 5.7.8 refused: %s\r\n" % line)
+
+    conversation.on_AUTH = on_AUTH
+    conversation.serve()
+
+
+@pytest.mark.parametrize(("flags", "environ"), LOGINS)
+def test_secrets_are_nowhere(spool, scripted, start, flags, environ):
+    relay = scripted(["AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"], serve=refuse_and_repeat)
+    put(spool, "m1", mail())
+    daemon = start("-smtpaddr", relay.address, *flags, env=environ)
+    daemon.wait_for("relay unavailable, .*535 5.7.8 refused")
+    assert daemon.stop() == 0
+    assert "535 5.7.8 refused" in daemon.recipients("m1")["alice@example.org"]["Error"]
+    files = [path.read_text() for path in spool.iterdir()]
+    written = "\n".join([*daemon.lines, *files])
+    words = [word[: len(word) // 4 * 4] for word in re.findall(r"[A-Za-z0-9+/]{8,}", written)]
+    assert PASSWORD not in written and not any(PASSWORD.encode() in base64.b64decode(word) for word in words)
+    assert has_only_log_lines(daemon)
+
+
+def test_what_the_daemon_makes_is_for_its_owner_only(spool, relay, start):
+    relay.recorder.rcpt_replies["a@example.org"] = "550 5.1.1 no such user"
+    put(spool, "m1", mail("a@example.org"))
+    open_to_all = ("sh", "-c", 'umask 0; exec "$@"', "sh", sys.executable)
+    daemon = start("-smtpaddr", relay.address, "-attempts", 1, "-rate", "100/s", python=open_to_all)
+    daemon.wait_for("moved to")
+    assert daemon.stop() == 0
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in spool.iterdir()}
+    assert modes == {".spoolgore.js": 0o600, ".spoolgore.lock": 0o600, ".spoolgore.rate": 0o600, ".failed": 0o700}
 
 
 # ------------------------------------------------------- for the people who run it
