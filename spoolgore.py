@@ -1015,11 +1015,16 @@ def write_durably(path, chunks):
     with contextlib.suppress(FileNotFoundError):  # left by a crash, or somebody's trap
         os.unlink(temporary)
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(handle, "wb") as file:
-        file.writelines(chunks)
-        file.flush()
-        os.fsync(handle)
-    os.replace(temporary, path)
+    try:
+        with open(handle, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(handle)
+        os.replace(temporary, path)
+    except OSError:  # half a file on a full disk is room that mails may need
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
     sync_directory(os.path.dirname(path))
 
 
@@ -1157,7 +1162,7 @@ class Spool:
         self.directory = os.path.abspath(directory)
         self.failed = os.path.join(self.directory, ".failed")
         self.status_path = self.here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
-        self._lock = None
+        self._lock = self._home = None
 
     def here(self, path):
         """The path by the name that the spool was given, if it leads there by another."""
@@ -1210,6 +1215,7 @@ class Spool:
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(handle, os.write(handle, f"{os.getpid()}\n".encode()))
         previous, self._lock = self._lock, handle
+        self._home = os.stat(self.directory)
         if previous is not None:
             os.close(previous)
 
@@ -1220,11 +1226,14 @@ class Spool:
             raise OSError(error.errno, error.strerror, self.directory) from None
 
     def still_locked(self):
-        """Whether the directory is the one that was locked: it may have been removed and made again."""
+        """Whether the lock is there: it may have been removed, or the directory with it."""
         with contextlib.suppress(OSError):
-            here, held = os.stat(self.path(".spoolgore.lock")), os.fstat(self._lock)
-            return (here.st_dev, here.st_ino) == (held.st_dev, held.st_ino)
+            return os.path.samestat(os.stat(self.path(".spoolgore.lock")), os.fstat(self._lock))
         return False
+
+    def is_home(self):
+        """Whether the directory is the one that was locked."""
+        return os.path.samestat(os.stat(self.directory), self._home)
 
     def claim(self, path, now, whole=None):
         """Open a file for sending, as a Mail.
@@ -2806,7 +2815,7 @@ class Spooler:
             queue.append(path)
 
     def scan(self):
-        started = time.monotonic()
+        started, freq = time.monotonic(), self.options.freq
         try:
             paths = self.spool.list()
             if not self.spool.still_locked():
@@ -2815,7 +2824,8 @@ class Spooler:
             self.unsay("scan", "spool directory is accessible again")
         except (OSError, Locked) as error:
             self.say("scan", f"unable to access spool directory, {describe(error)}")
-        pause = max(self.options.freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
+            freq = min(freq, PROBE_SECONDS)  # nothing else tells that it is back
+        pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
         self.manager.tell(f"READY=1\nSTATUS={one_line(self.state())}")
 
@@ -2831,8 +2841,12 @@ class Spooler:
         self.whole = {path: whole for path, whole in self.whole.items() if path in present}
 
     def reopen(self):
-        """The directory is another one than before: removed and made again, or mounted. Its status file counts."""
+        """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
+        status file counts; else only the lock was removed."""
+        same = self.spool.is_home()
         self.spool.lock()
+        if same:
+            return
         self.open_watch()
         self.status.entries = {path: entry for path, entry in self.status.entries.items() if path in self.busy}
         load_status(self.status, self.clock(), reload=True)
@@ -2841,7 +2855,7 @@ class Spooler:
 
     def gone(self, path):
         """The file is not there: somebody removed it, or it was put aside just before a crash."""
-        for known in (self.stuck, self.whole, self.resting):
+        for known in (self.stuck, self.whole, self.resting, self.said):
             known.pop(path, None)
         if path not in self.status:
             return
@@ -2924,7 +2938,7 @@ class Spooler:
         except FileNotFoundError:
             self.gone(path)
         except NotYet:
-            self.later(path, self.clock() + QUIET_SECONDS)
+            self.wait_for_writer(path, seen)
         except NotAMail as error:
             self.ignore(path, seen, "" if os.path.isdir(path) and not os.path.islink(path) else str(error))
         except PermissionError as error:
@@ -2934,7 +2948,16 @@ class Spooler:
         else:
             with mail.file:
                 self.whole.pop(path, None)
+                self.said.pop(path, None)
                 self.open_mail(mail, seen)
+
+    def wait_for_writer(self, path, seen):
+        """A writer may take his time; if he only forgot to close the file, people should know."""
+        if seen and self.clock() - seen[3] / 1e9 > UNCLOSED_SECONDS and path not in self.said:
+            reason = "waits, somebody has it open for writing"
+            self.say(path, f"{path} {reason}")
+            self.show(path, reason)
+        self.later(path, self.clock() + QUIET_SECONDS)
 
     def ignore(self, path, seen, reason):
         """Leave this file alone until it changes."""

@@ -2661,6 +2661,54 @@ def test_the_spool_is_removed_and_made_again(spool, relay, start):
     assert len(said(daemon, "unable to access")) == 2
 
 
+def test_a_spool_that_is_away_is_looked_for_however_rare_the_scans_are(spool, relay, start):
+    daemon = start(
+        "-smtpaddr", relay.address, "-freq", 3600, python=changed("PROBE_SECONDS = 10 ", "PROBE_SECONDS = 0.2 ")
+    )
+    spool.rename(spool.with_name("away"))
+    daemon.wait_for("unable to access spool directory")
+    put(spool.with_name("away"), "m1", mail("a@example.org"))
+    spool.with_name("away").rename(spool)
+    relay.wait_for(1)
+    assert daemon.stop() == 0
+
+
+def test_a_lock_that_is_removed_by_hand_makes_nobody_forget_what_was_delivered(spool, scripted, start):
+    """A delivery that the status file does not know, since it cannot be written."""
+    relay = scripted()
+    relay.replies = {"RCPT": lambda line: b"451 4.7.1 later\r\n" if b"<late@" in line else None}
+    (spool / ".spoolgore.js.new").mkdir()
+    put(spool, "m1", mail("a@x.org, late@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    daemon.wait_for("mail to late@x.org")
+    daemon.wait_for("unable to write status file")
+    (spool / ".spoolgore.lock").unlink()
+    wait_until((spool / ".spoolgore.lock").exists)
+    assert "is in use by pid" in spoolgore_run(spool).stderr
+    flush_until(daemon, lambda: len(said(daemon, "mail to late@x.org 451")) >= 2)
+    assert daemon.stop() == 0
+    assert len(said(daemon, "sending mail to a@x.org")) == 1 and not said(daemon, "made again")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="leases are for Linux")
+def test_a_writer_that_never_closes_its_file_is_named(spool, relay, start):
+    with open(spool / "m1", "w") as file:
+        file.write(mail("a@example.org"))
+        file.flush()
+        os.utime(spool / "m1", (time.time() - 100,) * 2)
+        daemon = start("-smtpaddr", relay.address, "-freq", 0)
+        daemon.wait_for("m1 waits, somebody has it open for writing")
+        wait_until(lambda: daemon.status().get("m1", {}).get("Error") == "waits, somebody has it open for writing")
+        daemon.send("SIGURG")
+        daemon.wait_for("flushed")
+        put(spool, "m2", mail("b@example.org"))
+        relay.wait_for(1)
+    relay.wait_for(2)
+    assert daemon.stop() == 0
+    assert sent_to(relay) == ["a@example.org", "b@example.org"]
+    assert len(said(daemon, "m1 waits")) == 1 and daemon.status() == {}
+
+
 # missing on the system, and whether the daemon is killed and started again meanwhile
 HALF_WRITTEN = [
     ((), False),
@@ -5788,6 +5836,7 @@ def test_a_full_disk_is_said_once_stops_nobody_and_nothing_is_forgotten(small_sp
         daemon.wait_for("unable to write status file, .*(File too large|No space left on device)")
         flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)  # each tries to write
         assert daemon.status() == {}
+        wait_until(lambda: not (small_spool / ".spoolgore.js.new").exists())  # its room is for mails
         make_room(daemon)
         daemon.wait_for_recipient("m1", addresses[0], Status=2)
         errors = len(said(daemon, "SMTP error"))
