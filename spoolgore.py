@@ -566,6 +566,7 @@ MOVES = {
     (GIVEN_UP, WAITING),  # its file was moved back from .failed
 }
 FIELDS = ("To", "Cc", "Bcc")
+TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
 
@@ -577,7 +578,7 @@ def format_time(seconds):
 @functools.lru_cache(maxsize=1024)  # each time is asked for again and again
 def parse_time(text):
     """Seconds since 1970 from RFC 3339 text; Go's zero time is far in the past. Raises ValueError."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))", str(text))
+    match = TIME.fullmatch(str(text))
     if not match:
         raise ValueError(f"not a time: {text}")
     moment, fraction, sign, hours, minutes = match.groups()
@@ -2291,8 +2292,8 @@ def line_of(path, envelope, since):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
     everybody = recipients(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
-    failed = [recipient for recipient in everybody if recipient["Status"] == 2 and recipient["Error"]]
-    shown = min(left, key=lambda r: parse_time(r["NextAttempt"])) if left else failed[0] if failed else None
+    failed = [] if left else [recipient for recipient in everybody if recipient["Error"]]
+    shown = min(left or failed, key=lambda r: parse_time(r["NextAttempt"]), default=None)
     kind = kind_of(envelope, left, failed)
     due = parse_time(shown["NextAttempt"]) if left else math.inf
     error = envelope.get("Error") or (shown["Error"] if shown else "")
