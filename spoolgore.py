@@ -359,6 +359,7 @@ class BadMessage(Exception):
 
 
 FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")  # RFC 5322 2.2, and 4.5's space before the colon
+FIELD_END = re.compile(rb"\n(?![ \t])")
 UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, and an open quotation ends the text
     r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|(?<![^\s,:;<>"()])((?=[^\s,:;<>"()@]+@)[^\s,:;<>"()]+)(?=\s*<)'
 )
@@ -405,7 +406,7 @@ def header_fields(header):
 
     Raises BadMessage for a line that is no field, in the original's words.
     """
-    fields = re.split(rb"\n(?![ \t])", header) if header else []
+    fields = FIELD_END.split(header) if header else []
     return [(field_name(field), field) for field in fields]
 
 
@@ -457,10 +458,11 @@ def address_key(address):
 def address_problem(address):
     """Why an address cannot be put into MAIL or RCPT (RFC 5321 4.1.2); empty when it can."""
     local, at, domain = address.rpartition("@") if "@" in address else (address, "", "")
-    if any("\ud800" <= letter <= "\udfff" for letter in address):
+    try:
+        if len(address.encode()) > ADDRESS_LIMIT:
+            return f"longer than {ADDRESS_LIMIT} octets"
+    except UnicodeEncodeError:
         return "not UTF-8"
-    if len(address.encode()) > ADDRESS_LIMIT:
-        return f"longer than {ADDRESS_LIMIT} octets"
     if not (PLAIN_LOCAL.fullmatch(local) or QUOTED_LOCAL.fullmatch(local)):
         return "bad local part"
     return "bad domain" if at and not DOMAIN.fullmatch(domain) else ""
@@ -571,6 +573,8 @@ MOVES = {
     (GIVEN_UP, WAITING),  # its file was moved back from .failed
 }
 FIELDS = ("To", "Cc", "Bcc")
+TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
+RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
 
 def format_time(seconds):
@@ -581,7 +585,7 @@ def format_time(seconds):
 @functools.lru_cache(maxsize=1024)  # each time is asked for again and again
 def parse_time(text):
     """Seconds since 1970 from RFC 3339 text; Go's zero time is far in the past. Raises ValueError."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))", str(text))
+    match = TIME.fullmatch(str(text))
     if not match:
         raise ValueError(f"not a time: {text}")
     moment, fraction, sign, hours, minutes = match.groups()
@@ -707,10 +711,9 @@ def envelope_problem(envelope):
 
 
 def recipient_problem(recipient):
-    kinds = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
     if not isinstance(recipient, dict):
         return "a recipient is not an object"
-    if wrong := [key for key, kind in kinds.items() if not isinstance(recipient.get(key), kind)]:
+    if wrong := [key for key, kind in RECIPIENT_KEYS.items() if not isinstance(recipient.get(key), kind)]:
         return f"a recipient's {wrong[0]} is missing or of the wrong type"
     try:
         parse_time(recipient["NextAttempt"])
@@ -798,20 +801,20 @@ def read_status(path):
     except FileNotFoundError:
         return
     try:
-        for part in entry_by_entry(text):
+        for part in pieces(text):
             yield from parsed(part).items()
     except CorruptStatus:
         yield from parsed(text).items()  # raises, and knows the line
 
 
-def entry_by_entry(text):
-    """A JSON object's text as one for each of its entries, if they stand as this program and the original write them:
-    to parse all of a large file at once takes much memory."""
+def pieces(text):
+    """A JSON object's text as several with some of its entries each, if they stand as this program and the original
+    write them: to parse all of a large file at once takes much memory."""
     if not (text.startswith(b'{\n\t"') and text.rstrip().endswith(b"\n}")):
         yield text.strip() or b"{}"
         return
     start, end = 2, text.rindex(b"\n}")
-    while (comma := text.find(b',\n\t"', start, end)) >= 0:
+    while (comma := text.find(b',\n\t"', start + CHUNK, end)) >= 0:
         yield b"{" + text[start:comma] + b"}"
         start = comma + 1
     yield b"{" + text[start:end] + b"}"
@@ -826,6 +829,14 @@ def parsed(text):
     if not isinstance(entries, dict):
         raise CorruptStatus("not a JSON object")
     return entries
+
+
+def status_text(packed):
+    """The chunks of a status file: made one by one in the thread that writes, so that nobody else has to wait."""
+    yield b"{"
+    for start in range(0, len(packed), 500):
+        yield (b",\n" if start else b"\n") + b",\n".join(packed[start : start + 500])
+    yield b"\n}\n" if packed else b"}\n"
 
 
 class Status:
@@ -952,7 +963,7 @@ class Status:
         self.wanted.clear()
         self.urgent.clear()
         try:
-            off_the_hub(write_durably, self.path, self._text())
+            off_the_hub(write_durably, self.path, status_text(self._packed()))
             self._complaint = ""
         except OSError as error:
             self._failed(error)
@@ -960,9 +971,8 @@ class Status:
         self._cost = time.monotonic() - started
         saved.set()
 
-    def _text(self):
-        packed = [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in self.entries.items()]
-        return [b"{\n", b",\n".join(packed), b"\n}\n"] if packed else [b"{}\n"]
+    def _packed(self):
+        return [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in self.entries.items()]
 
     def _failed(self, error):
         for path, done in self._in_save.items():
@@ -1150,9 +1160,10 @@ def is_locked(handle, pid):
 
 def path_and_mtime(path):
     """None for a file that is gone."""
-    with contextlib.suppress(OSError):
+    try:
         return path, os.stat(path).st_mtime
-    return None
+    except OSError:
+        return None
 
 
 class Spool:
@@ -1352,6 +1363,7 @@ class Unanswered(RelayError):
     """A connection that was used before is gone, and not one reply to this transaction came."""
 
 
+REPLY_LINE = re.compile(rb"[2-5]\d\d(?:[ -]|$)")
 # What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
 # may still act on what it was sent.
 GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -1484,7 +1496,7 @@ class Connection(smtplib.SMTP):
         while more:
             line = self._line(deadline)
             size += len(line)
-            if not re.match(rb"[2-5]\d\d(?:[ -]|$)", line) or size > REPLY_LIMIT:
+            if not REPLY_LINE.match(line) or size > REPLY_LIMIT:
                 raise RelayError(f"not an SMTP reply: {readable(line[:80])}")
             lines.append(line[4:])
             more = line[3:4] == b"-"
@@ -2372,8 +2384,8 @@ def line_of(path, envelope, since):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
     everybody = recipients(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
-    failed = [recipient for recipient in everybody if recipient["Status"] == 2 and recipient["Error"]]
-    shown = min(left, key=lambda r: parse_time(r["NextAttempt"])) if left else failed[0] if failed else None
+    failed = [] if left else [recipient for recipient in everybody if recipient["Error"]]
+    shown = min(left or failed, key=lambda r: parse_time(r["NextAttempt"]), default=None)
     kind = kind_of(envelope, left, failed)
     due = parse_time(shown["NextAttempt"]) if left else math.inf
     error = envelope.get("Error") or (shown["Error"] if shown else "")
@@ -2527,7 +2539,14 @@ class ServiceManager:
             sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
 
 
-class Terminal(logging.StreamHandler):
+class LogStream(logging.StreamHandler):
+    """Without a lock: one thread logs, and nothing in here lets another greenlet go."""
+
+    def handle(self, record):
+        self.emit(record)
+
+
+class Terminal(LogStream):
     """A terminal whose last line shows the progress: the log scrolls above it."""
 
     progress = ""
@@ -2831,7 +2850,8 @@ class Spooler:
 
     def take_stock(self, paths):
         """Queue what is new, oldest first; forget what is gone."""
-        for path in sorted(filter(self.is_new, paths), key=age_key):
+        new = [path for path in paths if path not in self.resting and self.is_new(path)]
+        for path in sorted(new, key=age_key):
             self.enqueue(path, self.fresh)
         present = set(paths)
         for path in [path for path in self.status.entries if path not in present and path not in self.busy]:
@@ -3248,14 +3268,12 @@ class LogLine(logging.Formatter):
     def formatTime(self, record, datefmt=None):
         second = int(record.created)
         if second != self.second:
-            self.second, self.moment = second, time.strftime(datefmt, time.localtime(second))
+            self.second, self.moment = second, time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second))
         return self.moment
 
     def format(self, record):
-        text = super().format(record)
-        if record.exc_info or text.isprintable():
-            return text
-        return one_line(text)
+        line = one_line(f"{self.formatTime(record)} {record.getMessage()}")
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def set_up_streams():
@@ -3275,8 +3293,8 @@ def empty_streams():
 
 
 def set_up_logging(stream):
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(LogLine("%(asctime)s %(message)s", "%Y/%m/%d %H:%M:%S"))
+    handler = LogStream(stream)
+    handler.setFormatter(LogLine())
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     logging._srcfile = None  # what the lines do not show is not looked up (logging's own advice on speed)
