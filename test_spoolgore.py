@@ -312,6 +312,21 @@ def lacking(*what):
     return sys.executable, "-c", WITHOUT, ",".join(what)
 
 
+SYSTEM_PATH = os.pathsep.join(
+    [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
+)
+
+
+def demand(*programs, root=False):
+    """The programs' paths. Without one of them the test is skipped, or fails where everything must be there (CI)."""
+    found = [shutil.which(program, path=SYSTEM_PATH) for program in programs]
+    lacking = [program for program, path in zip(programs, found) if not path]
+    lacking += ["root"] if root and os.geteuid() != 0 else []
+    if lacking:
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {' and '.join(lacking)}")
+    return found
+
+
 # ------------------------------------------------- a relay that follows a script
 
 
@@ -2456,8 +2471,8 @@ def test_what_cannot_be_sent_is_said_once_and_is_sent_when_it_is_mended(spool, r
     assert [len(said(daemon, problem)) for problem in problems.values()] == [1, 1, 1]
 
 
-@pytest.mark.skipif(not shutil.which("prlimit"), reason="prlimit (util-linux) is not here")
 def test_a_mail_that_cannot_be_opened_for_want_of_descriptors_is_not_given_up(spool, scripted, start):
+    demand("prlimit")
     relay, gate = scripted(), threading.Event()
     relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
     for number in range(60):
@@ -4651,20 +4666,6 @@ def test_a_large_mail_leaves_a_turn_to_others_after_each_chunk(scripted):
 
 # --------------------------------------------------------------- TLS and logins
 
-SYSTEM_PATH = os.pathsep.join(
-    [os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/postfix/sbin", "/usr/libexec/postfix"]
-)
-
-
-def demand(*programs, root=False):
-    """The programs' paths. Without one of them the test is skipped, or fails where everything must be there (CI)."""
-    found = [shutil.which(program, path=SYSTEM_PATH) for program in programs]
-    lacking = [program for program, path in zip(programs, found) if not path]
-    lacking += ["root"] if root and os.geteuid() != 0 else []
-    if lacking:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {' and '.join(lacking)}")
-    return found
-
 
 class Authority:
     """A certificate authority. Its certificates and keys are PEM files in a directory."""
@@ -5781,12 +5782,6 @@ def test_nothing_is_lost_when_the_daemon_is_killed_again_and_again(spool, start)
     assert all(len(set(runs)) == len(runs) for runs in relay.runs.values())
 
 
-def needed(present, what):
-    """Skip a test for want of something; where everything should be there, in continuous integration, it fails."""
-    if not present:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {what}")
-
-
 def has_only_log_lines(daemon):
     """No traceback: every line has its time."""
     return all(re.match(r"\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \S", line) for line in daemon.log.items)
@@ -5795,7 +5790,7 @@ def has_only_log_lines(daemon):
 @contextlib.contextmanager
 def full_file_system(spool):
     """Gives the interpreter for a daemon whose spool is full, and a function that makes room."""
-    needed(ROOT, "root, to mount a small file system")
+    demand("mount", root=True)
     with contextlib.suppress(OSError), open(spool / ".ballast", "wb", buffering=0) as ballast:
         while ballast.write(b"x" * 4096):
             pass
@@ -5805,8 +5800,9 @@ def full_file_system(spool):
 @contextlib.contextmanager
 def limited_files(spool):
     """The same by a limit on the size of its files; there is room for its pid."""
-    resource = pytest.importorskip("resource")
-    needed(shutil.which("prlimit"), "prlimit (util-linux)")
+    demand("prlimit")
+    import resource  # not on Windows
+
     no_limit = resource.RLIM_INFINITY, resource.RLIM_INFINITY
     yield (
         ("prlimit", "--fsize=50:unlimited", sys.executable),
@@ -6205,8 +6201,8 @@ def test_readme_python_recipe(spool, relay, run):
     assert "Grüße.\r\n".encode() in relay.mails[0].content
 
 
-@pytest.mark.skipif(not shutil.which("php"), reason="needs PHP")
 def test_readme_php_recipe(spool, relay, run):
+    demand("php")
     program = f"<?php {readme_block('php', 'function spool_mail')}"
     subprocess.run(["php"], input=program.encode(), cwd=spool.parent, check=True)
     assert run("-once", "-smtpaddr", relay.address).status_code == 0
@@ -6214,7 +6210,6 @@ def test_readme_php_recipe(spool, relay, run):
 
 
 def test_readme_django_recipe(spool, relay, run, tmp_path):
-    pytest.importorskip("django", reason="needs Django")
     (tmp_path / "spool_backend.py").write_text(readme_block("python", "import os\nimport tempfile"))
     (tmp_path / "site.py").write_text(
         "from django.conf import settings\n"
