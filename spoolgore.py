@@ -141,6 +141,7 @@ HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
 CHUNK = 128 * 1024  # octets; a mail up to this size is held whole, a larger one streamed
 REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines
 FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
+ATTEND_SECONDS = 0.5  # how often connections are looked after: so much later may a time limit strike
 IDLE_SECONDS = 5  # then an unused connection is closed
 FRESH_SECONDS = 1  # a connection unused for longer is asked before content is sent
 LAST_WORDS_SECONDS = 1  # for what a relay said before it stopped listening
@@ -1091,16 +1092,9 @@ class Mail(NamedTuple):
 
     path: str
     file: object
+    size: int  # octets
+    links: int  # how many names it had
     identity: tuple
-
-    @property
-    def size(self):
-        return self.identity[2]
-
-    @property
-    def links(self):
-        """How many names the file has by now."""
-        return os.fstat(self.file.fileno()).st_nlink
 
 
 def identity(status):
@@ -1108,12 +1102,17 @@ def identity(status):
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def signature(path):
-    """What changes whenever a file, its content or its permissions do; None when it is gone."""
-    with contextlib.suppress(OSError):
-        status = os.lstat(path)
-        return identity(status) + (status.st_ctime_ns, status.st_mode)
-    return None
+def signature(status):
+    """What changes whenever a file, its content or its permissions do. status: of os.lstat, or None."""
+    return status and identity(status) + (status.st_ctime_ns, status.st_mode)
+
+
+def look(path):
+    """The status of a path itself (os.lstat); None when it is gone."""
+    try:
+        return os.lstat(path)
+    except OSError:
+        return None
 
 
 def lease_refused(handle):
@@ -1246,56 +1245,58 @@ class Spool:
         """Whether the directory is the one that was locked."""
         return os.path.samestat(os.stat(self.directory), self._home)
 
-    def claim(self, path, now, whole=None):
+    def claim(self, path, seen, now, whole=None):
         """Open a file for sending, as a Mail.
 
-        whole: whether its writer was seen to finish it; None when nothing was seen. Where the system can say itself
-        whether somebody writes the file, that counts; else whole, but a file that rests for long is believed to be.
+        seen: its status just now. whole: whether its writer was seen to finish it; None when nothing was seen. Where
+        the system can say itself whether somebody writes the file, that counts; else whole, but a file that rests for
+        long is believed to be.
         Raises FileNotFoundError, NotYet, NotAMail, or another OSError when it cannot be read.
         """
-        if not stat.S_ISREG(os.lstat(path).st_mode):
+        if not stat.S_ISREG(seen.st_mode):
             raise NotAMail("not a regular file, ignored")
         file = open(path, "rb", buffering=0, opener=open_carefully)
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, whole):
             file.close()
             raise NotYet
-        return Mail(path, file, identity(status))
+        return Mail(path, file, status.st_size, status.st_nlink, identity(status))
 
-    def unchanged(self, mail):
-        """Whether the path still names the file that was claimed, with the same content."""
+    def links(self, mail):
+        """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
         try:
-            return identity(os.lstat(mail.path)) == mail.identity
+            status = os.lstat(mail.path)
+            return status.st_nlink if identity(status) == mail.identity else 0
         except OSError:  # the whole directory may be away, and come back with it
-            return not self.still_locked()
+            return 0 if self.still_locked() else mail.links
 
-    def names(self, mail):
+    def names(self, mail, links):
         """Every name that the mail's file has in the spool: one mail, however many links it has."""
-        if mail.links == 1:
+        if links == 1:
             return [mail.path]
         with os.scandir(self.directory) as entries:
             same = [e.path for e in entries if e.inode() == mail.identity[1] and self.is_mail_name(e.name)]
-        return [path for path in same if self.unchanged(mail._replace(path=path))]
+        return [path for path in same if self.links(mail._replace(path=path))]
 
-    def remove(self, mail):
+    def remove(self, mail, links):
         """Remove a mail that was delivered. Raises OSError."""
-        for path in self.names(mail):
+        for path in self.names(mail, links):
             os.unlink(path)
 
     def failed_path(self, path):
         return os.path.join(self.failed, os.path.basename(path))
 
-    def put_aside(self, mail):
+    def put_aside(self, mail, links):
         """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
         os.makedirs(self.failed, 0o700, exist_ok=True)
+        others = [path for path in self.names(mail, links) if path != mail.path]
         target = self.failed_path(mail.path)
         numbered = (f"{target}.{number}" for number in itertools.count(1))
         while os.path.lexists(target):
             target = next(numbered)
         os.rename(mail.path, target)
-        for path in self.names(mail):
-            if path != mail.path:
-                os.unlink(path)
+        for path in others:
+            os.unlink(path)
         return target
 
 
@@ -1363,7 +1364,8 @@ class Unanswered(RelayError):
     """A connection that was used before is gone, and not one reply to this transaction came."""
 
 
-REPLY_LINE = re.compile(rb"[2-5]\d\d(?:[ -]|$)")
+REPLY = re.compile(rb"((?:[2-5]\d\d-[^\n]*\n)*)([2-5]\d\d)(?: [^\n]*|\r)?\n")  # RFC 5321 4.2.1
+BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
 # What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
 # may still act on what it was sent.
 GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -1421,6 +1423,7 @@ class Connection(smtplib.SMTP):
         super().__init__(local_hostname=helo or "localhost", timeout=timeout)
         self.address, self._host = address, address.host
         self.seconds = timeout
+        self.deadline, self.watched, self.expired = math.inf, False, False
         self.buffer = b""
         self.broken = False
         self.uses = 0
@@ -1473,16 +1476,35 @@ class Connection(smtplib.SMTP):
 
     # -- commands and replies
 
+    def watch(self):
+        """From now on somebody looks at the deadline and calls expire(): a timer for each wait costs more than it."""
+        self.watched = True
+        self.sock.settimeout(None)
+
+    def expire(self):
+        """Wake whoever waits for the relay: it takes too long."""
+        self.expired = True
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's would break the reader's object
+
+    def _allow(self, seconds):
+        self.deadline = time.monotonic() + seconds
+        if not self.watched:
+            self.sock.settimeout(seconds)
+
+    def _failure(self, error, late):
+        return RelayError(f"timed out{late}") if self.expired or isinstance(error, socket.timeout) else error
+
     def send(self, data):
         """Write a command or content; the whole of it must be taken within the time limit."""
         data = data.encode("utf-8") if isinstance(data, str) else data
-        self.sock.settimeout(self.seconds)
+        self._allow(self.seconds)
         try:
             sent = self.sock.send(data)  # nearly always all of it
             if sent < len(data):
                 self.sock.sendall(memoryview(data)[sent:])
-        except socket.timeout:
-            raise RelayError("timed out, the relay does not read what it is sent") from None
+        except OSError as error:
+            raise self._failure(error, ", the relay does not read what it is sent") from None
 
     def getreply(self):
         """smtplib's way to ask for reply()."""
@@ -1491,33 +1513,23 @@ class Connection(smtplib.SMTP):
 
     def reply(self, seconds=None):
         """The next Reply, whole within the time limit. Raises RelayError, OSError."""
-        deadline = time.monotonic() + (seconds or self.seconds)
-        size, lines, more = 0, [], True
-        while more:
-            line = self._line(deadline)
-            size += len(line)
-            if not REPLY_LINE.match(line) or size > REPLY_LIMIT:
-                raise RelayError(f"not an SMTP reply: {readable(line[:80])}")
-            lines.append(line[4:])
-            more = line[3:4] == b"-"
-        return Reply(int(line[:3]), readable(b"\n".join(lines)))
-
-    def _line(self, deadline):
-        while b"\n" not in self.buffer:
-            if len(self.buffer) > REPLY_LIMIT:
+        self._allow(seconds or self.seconds)
+        while not (match := REPLY.match(self.buffer)):
+            if len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer):
                 raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
-            self.buffer += self._receive(deadline)
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return line.rstrip(b"\r")
+            self.buffer += self._receive()
+        self.buffer = self.buffer[match.end() :]
+        return Reply(int(match[2]), readable(without_codes(match[0]) if match[1] else match[0][4:]))
 
-    def _receive(self, deadline):
-        self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+    def _receive(self):
+        if not self.watched:
+            self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
         try:
             data = self.sock.recv(4096)
-        except socket.timeout:
-            raise RelayError("timed out waiting for the relay's reply") from None
-        if not data:
-            raise ConnectionResetError("connection closed by the relay")
+            if not data:
+                raise ConnectionResetError("connection closed by the relay")
+        except OSError as error:
+            raise self._failure(error, " waiting for the relay's reply") from None
         return data
 
     # -- use and end
@@ -1529,6 +1541,8 @@ class Connection(smtplib.SMTP):
         """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
         if time.monotonic() - self.born > CONNECTION_SECONDS or self.buffer:
             return False
+        if self.idle_for() < 0.01:  # it was fine just now
+            return True
         try:
             self.sock.settimeout(0)
             self.sock.recv(1)  # anything at all that comes here is the end: 421, or nothing
@@ -1536,6 +1550,8 @@ class Connection(smtplib.SMTP):
             return True
         except OSError:
             pass
+        finally:
+            self.sock.settimeout(None)
         return False
 
     def transact(self, sender, addresses, message, carefully=False):
@@ -1559,6 +1575,11 @@ class Connection(smtplib.SMTP):
                 self.send(b"QUIT\r\n")
                 self.reply()
         self.close()
+
+
+def without_codes(lines):
+    """The text of a reply's lines."""
+    return b"\n".join(line[4:].rstrip(b"\r") for line in lines.split(b"\n"))
 
 
 def readable(data):
@@ -1942,6 +1963,7 @@ class Relay:
         self.name, self.on_up = name, on_up
         self._dial = dial
         self.idle = []  # the most recently used last
+        self.in_use = set()
         self.established = 0  # idle or in use
         self.dialling = 0
         self.limit = self.cap = limit
@@ -1949,15 +1971,16 @@ class Relay:
         self.down = ""  # why it cannot be used
         self._waiting = deque()  # an Event for each greenlet that wants a connection
         self._probe_now = gevent.event.Event()
-        self._background = gevent.pool.Group()  # probing, reaping
+        self._background = gevent.pool.Group()  # probing, looking after the connections
         self._goodbyes = gevent.pool.Group()
-        self._reaping = False
+        self._attended = False
 
     def send(self, sender, addresses, message):
         """One transaction; returns a dict from address to Outcome. Raises RelayDown when there is no connection."""
         carefully = False
         while True:
             connection = self._acquire()
+            self.in_use.add(connection)
             try:
                 return connection.transact(sender, addresses, message, carefully)
             except Unanswered:
@@ -2017,9 +2040,16 @@ class Relay:
         finally:
             self.dialling -= 1
             self._wake(1)
-        self.established += 1
+        self._establish(connection)
         self._wake(2)
         return connection
+
+    def _establish(self, connection):
+        self.established += 1
+        connection.watch()
+        if not self._attended:
+            self._attended = True
+            self._background.spawn(self._attend)
 
     def _dial_failed(self, error):
         """With other connections up the relay has enough of us; with none, or when it refuses the login, it is down."""
@@ -2041,14 +2071,12 @@ class Relay:
             self._waiting.popleft().set()
 
     def _release(self, connection):
+        self.in_use.discard(connection)
         if connection.broken:
             self._discard(connection)
         else:
             self.idle.append(connection)
             self._wake(1)
-            if not self._reaping:
-                self._reaping = True
-                self._background.spawn(self._reap)
 
     def _discard(self, connection):
         self.established -= 1
@@ -2058,13 +2086,16 @@ class Relay:
         else:
             self._goodbyes.spawn(connection.quit_politely)
 
-    def _reap(self):
-        """Close what has been idle for long; ends when nothing is idle."""
-        while self.idle:
-            gevent.sleep(max(0.05, IDLE_SECONDS - self.idle[0].idle_for()))
+    def _attend(self):
+        """End what takes too long, close what is idle for long; until there are no connections."""
+        while self.established:
+            gevent.sleep(ATTEND_SECONDS)
+            now = time.monotonic()
+            for connection in [connection for connection in self.in_use if connection.deadline < now]:
+                connection.expire()
             while self.idle and self.idle[0].idle_for() >= IDLE_SECONDS:
                 self._discard(self.idle.pop(0))
-        self._reaping = False
+        self._attended = False
 
     # -- down and up
 
@@ -2098,7 +2129,7 @@ class Relay:
         log.info("relay available again, %s", self.name)
         self.down = ""
         self.cap = self.limit
-        self.established += 1
+        self._establish(connection)
         self._release(connection)
         self.on_up()
 
@@ -2824,7 +2855,7 @@ class Spooler:
         if path in self.busy or path in self.resting:
             return False
         if path in self.stuck:
-            return self.stuck[path] != signature(path)
+            return self.stuck[path] != signature(look(path))
         return path not in self.status
 
     def enqueue(self, path, queue):
@@ -2952,15 +2983,16 @@ class Spooler:
 
     def pick_up(self, path):
         """Open a mail's file and deliver it, or see to it that it comes again."""
-        seen = signature(path)
+        seen = None
         try:
-            mail = self.spool.claim(path, self.clock(), self.whole.get(path))
+            seen = os.lstat(path)
+            mail = self.spool.claim(path, seen, self.clock(), self.whole.get(path))
         except FileNotFoundError:
             self.gone(path)
         except NotYet:
             self.wait_for_writer(path, seen)
         except NotAMail as error:
-            self.ignore(path, seen, "" if os.path.isdir(path) and not os.path.islink(path) else str(error))
+            self.ignore(path, seen, "" if stat.S_ISDIR(seen.st_mode) else str(error))
         except PermissionError as error:
             self.hold(path, seen, f"unable to read mail file, {error.strerror}")
         except OSError as error:
@@ -2973,7 +3005,7 @@ class Spooler:
 
     def wait_for_writer(self, path, seen):
         """A writer may take his time; if he only forgot to close the file, people should know."""
-        if seen and self.clock() - seen[3] / 1e9 > UNCLOSED_SECONDS and path not in self.said:
+        if self.clock() - seen.st_mtime > UNCLOSED_SECONDS and path not in self.said:
             reason = "waits, somebody has it open for writing"
             self.say(path, f"{path} {reason}")
             self.show(path, reason)
@@ -2981,7 +3013,7 @@ class Spooler:
 
     def ignore(self, path, seen, reason):
         """Leave this file alone until it changes."""
-        self.stuck[path] = seen
+        self.stuck[path] = signature(seen)
         if reason:
             log.error("%s %s", path, reason)
 
@@ -3026,8 +3058,8 @@ class Spooler:
             return True
         inode = mail.identity[:2]
         owner = self.owners.get(inode)
-        if owner is None or not self.spool.unchanged(mail._replace(path=owner)):
-            owner = next((name for name in self.spool.names(mail) if name in self.status), mail.path)
+        if owner is None or not self.spool.links(mail._replace(path=owner)):
+            owner = next((name for name in self.spool.names(mail, mail.links) if name in self.status), mail.path)
             self.owners[inode] = owner
         return owner == mail.path
 
@@ -3155,8 +3187,8 @@ class Spooler:
 
     def settle(self, mail, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
-        path = mail.path
-        if not self.spool.unchanged(mail):
+        path, links = mail.path, self.spool.links(mail)
+        if not links:
             self.replaced(path)
         elif not is_settled(envelope):
             self.status.commit_deliveries(path)
@@ -3165,9 +3197,9 @@ class Spooler:
             else:
                 self.later(path, next_attempt(envelope))
         elif has_failed(envelope):
-            self.put_aside(mail)
+            self.put_aside(mail, links)
         else:
-            self.finish(mail)
+            self.finish(mail, links)
 
     def replaced(self, path):
         """Somebody removed the file, or put another one in its place, while it was in flight: that is another mail."""
@@ -3175,10 +3207,10 @@ class Spooler:
         if os.path.lexists(path):
             self.later(path, 0.0)
 
-    def finish(self, mail):
+    def finish(self, mail, links):
         """Everybody has it: the file goes, and its entry."""
         try:
-            self.spool.remove(mail)
+            self.spool.remove(mail, links)
         except OSError as error:
             return self.cannot_move(mail, error)
         self.status.drop(mail.path)
@@ -3186,11 +3218,11 @@ class Spooler:
         self.sent += 1
         return None
 
-    def put_aside(self, mail):
+    def put_aside(self, mail, links):
         """Some were given up: the file goes to .failed, and its entry with it."""
         self.status.commit()
         try:
-            aside = self.spool.put_aside(mail)
+            aside = self.spool.put_aside(mail, links)
         except OSError as error:
             return self.cannot_move(mail, error)
         self.status.rename(mail.path, aside)

@@ -2446,7 +2446,7 @@ def test_a_name_that_becomes_something_else_just_before_it_is_opened(spool, monk
     thing(spool / "m1")
     monkeypatch.setattr(os, "lstat", lambda path: regular)
     with pytest.raises((spoolgore.NotYet, OSError)):
-        spoolgore.Spool(str(spool)).claim(str(spool / "m1"), NOW)
+        spoolgore.Spool(str(spool)).claim(str(spool / "m1"), regular, NOW)
 
 
 def test_what_cannot_be_sent_is_said_once_and_is_sent_when_it_is_mended(spool, relay, start):
@@ -2784,7 +2784,7 @@ def test_when_a_file_without_lease_is_taken(spool, monkeypatch, whole, mtime, is
     put(spool, "m1", mail())
     os.utime(spool / "m1", (mtime, mtime))
     with pytest.raises(spoolgore.NotYet) if is_written else contextlib.nullcontext():
-        spoolgore.Spool(str(spool)).claim(str(spool / "m1"), NOW, whole).file.close()
+        spoolgore.Spool(str(spool)).claim(str(spool / "m1"), os.lstat(spool / "m1"), NOW, whole).file.close()
 
 
 def link(spool, name, text):
@@ -4213,7 +4213,7 @@ def let_run_until(check, what=""):
 class Wire:
     """A connection to an Island."""
 
-    broken = False
+    broken, deadline = False, math.inf
 
     def __init__(self, island):
         self.island, self.used = island, time.monotonic()
@@ -4222,6 +4222,9 @@ class Wire:
 
     def idle_for(self):
         return time.monotonic() - self.used
+
+    def watch(self):
+        """It answers at once, or never."""
 
     def usable(self):
         return self in self.island.wires
@@ -4502,7 +4505,7 @@ def test_the_most_recently_used_connection_is_used_first(scripted, monkeypatch):
 
 def test_an_idle_connection_is_closed_after_a_while(scripted, monkeypatch):
     relay = scripted()
-    store = store_of(relay, monkeypatch, IDLE_SECONDS=0.1)
+    store = store_of(relay, monkeypatch, IDLE_SECONDS=0.1, ATTEND_SECONDS=0.02)
     send_through(store)
     (talk,) = relay.connections.items
     let_run_until(talk.ended.is_set)
