@@ -1541,8 +1541,6 @@ class Connection(smtplib.SMTP):
         """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
         if time.monotonic() - self.born > CONNECTION_SECONDS or self.buffer:
             return False
-        if self.idle_for() < 0.01:  # it was fine just now
-            return True
         try:
             self.sock.settimeout(0)
             self.sock.recv(1)  # anything at all that comes here is the end: 421, or nothing
