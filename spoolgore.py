@@ -3090,23 +3090,25 @@ class Spooler:
 
     def transact(self, path, message, batch):
         """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
-        turn = 0 if self.relay.down else self.take_turn(path, len(batch))
-        for recipient in batch:
+        for recipient in batch:  # before the turn is written down: an edit that comes meanwhile leaves them alone
             begin(recipient)
-            if turn:
-                log.info("%s sending mail to %s attempt: %d", path, recipient["Address"], recipient["Attempts"])
+        turn = 0 if self.relay.down else self.take_turn(path, batch)
         outcomes = self.send(path, message, batch, turn)
         return [recipient for recipient in batch if self.conclude(path, recipient, outcomes[recipient["Address"]])]
 
-    def take_turn(self, path, size):
-        """Under -rate: take it, or raise OutOfTurn. Returns size."""
+    def take_turn(self, path, batch):
+        """Returns how many recipients go. Under -rate: raises OutOfTurn, and they wait again, if there is no room."""
+        size = len(batch)
         if self.options.rate:
             if self.turnstile.room() < size:
                 self.need = size
+                put_back(batch, "")
                 raise OutOfTurn
             self.need = 1
             self.turnstile.begin(size)
             self.decided(path)
+        for recipient in batch:
+            log.info("%s sending mail to %s attempt: %d", path, recipient["Address"], recipient["Attempts"])
         return size
 
     def send(self, path, message, batch, turn):

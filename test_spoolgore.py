@@ -3353,6 +3353,15 @@ def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
     assert len([line for line in daemon.lines if "successfully" in line]) == count - left
 
 
+def spooler_of(spool, status, *flags):
+    """A Spooler in this process that prints, does not run, and whose clock stands still."""
+    options = spoolgore.parse_options(["-smtpaddr", "-", *flags, str(spool)])
+    turnstile = spoolgore.Turnstile(options.rate, str(spool / ".spoolgore.rate"), lambda: NOW)
+    spooler = spoolgore.Spooler(options, spoolgore.Spool(str(spool)), status, turnstile, lambda: NOW)
+    spooler.relay = spoolgore.Printer(io.BytesIO())
+    return spooler
+
+
 @pytest.mark.parametrize("asked, suspended", [
     (["suspend"], True),
     (["suspend", "reload"], False),
@@ -3361,9 +3370,7 @@ def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
     (["flush", "suspend", "suspend"], True),
 ])  # fmt: skip
 def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
-    options = spoolgore.parse_options(["-smtpaddr", "-", str(spool)])
-    spooler = spoolgore.Spooler(options, spoolgore.Spool(spool), status, spoolgore.Turnstile([], "", lambda: NOW))
-    spooler.relay = spoolgore.Printer(io.BytesIO())
+    spooler = spooler_of(spool, status)
     for what in asked:
         spooler.ask(what)
     spooler.act_on_signals()
@@ -5663,6 +5670,25 @@ def test_a_daemon_that_waits_for_its_turn_stops_at_once_and_takes_flush_for_no_r
     assert daemon.stop() == 0
     assert daemon.lines[-1] in ("stopped (2 messages in the queue)", "stopped (3 messages in the queue)")
     assert len(timed.times.items) == 2 and len(names(spool)) == 3
+
+
+def test_a_recipient_that_is_edited_while_its_turn_is_written_down(spool, status, monkeypatch):
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    spooler, path = spooler_of(spool, status, "-rate", "9/s"), str(spool / "m1")
+    write = spooler.turnstile._write
+
+    def edited(line, durable=False):
+        if durable:
+            entry = status.peek(path)
+            done = [{**recipient, "Status": 2, "Error": ""} for recipient in entry["To"]]
+            write_status(status, {path: {**entry, "To": done}})
+            status.reload()
+        write(line, durable)
+
+    monkeypatch.setattr(spooler.turnstile, "_write", edited)
+    spooler.handle(path)
+    assert names(spool) == [] and len(status) == 0
+    assert spooler.turnstile.rate.in_flight == 0 and spooler.turnstile.room() == 7
 
 
 def test_a_relay_that_is_down_uses_up_no_rate(spool, start, scripted):
