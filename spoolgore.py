@@ -1039,18 +1039,19 @@ def write_durably(path, chunks):
 
 
 def off_the_hub(function, *arguments):
-    """Call, in a thread, what waits for the disk. Raises OSError."""
-    if error := gevent.get_hub().threadpool.apply(os_error, (function, *arguments)):
+    """Call, in a thread, what would hold up everybody else. Returns and raises what the function does."""
+    result, error = gevent.get_hub().threadpool.apply(result_or_error, (function, *arguments))
+    if error:
         raise error
+    return result
 
 
-def os_error(function, *arguments):
-    """Call it and return its OSError, or None: an exception that leaves its thread is printed by gevent."""
+def result_or_error(function, *arguments):
+    """(result, None) or (None, exception): an exception that leaves its thread is printed by gevent."""
     try:
-        function(*arguments)
-    except OSError as error:
-        return error
-    return None
+        return function(*arguments), None
+    except Exception as error:  # noqa: BLE001
+        return None, error
 
 
 def sync_directory(path):
@@ -2830,7 +2831,8 @@ class Spooler:
     def enqueue(self, path, queue):
         if path not in self.busy:
             self.busy.add(path)
-            self.resting.pop(path, None)
+            for elsewhere in (self.resting, self.stuck):
+                elsewhere.pop(path, None)
             queue.append(path)
 
     def scan(self):
@@ -3223,7 +3225,7 @@ def read_message(mail):
     which nobody else would be served. Raises BadMessage, OSError."""
     if mail.size < CHUNK:
         return Message(mail.file, mail.size)
-    return gevent.get_hub().threadpool.apply(Message, (mail.file, mail.size))
+    return off_the_hub(Message, mail.file, mail.size)
 
 
 def age_key(path):

@@ -3075,6 +3075,27 @@ def test_what_cannot_be_sent_stays_is_said_once_and_goes_when_it_is_mended(spool
     assert daemon.stop() == 0 and daemon.status() == {}
 
 
+def test_a_mended_mail_that_waits_for_the_relay_is_not_looked_at_by_every_scan(spool, status):
+    put(spool, "m1", "garbage no header\n")
+    spooler = spooler_of(spool, status)
+    spooler.spool.lock()
+    spooler.relay = spoolgore.Relays([spoolgore.Relay("relay", None, 1)])
+    spooler.relay.retire()
+    for text in (None, mail(), None, None):
+        if text:
+            put(spool, "m1", text)
+        spooler.scan()
+        spooler.dispatch()
+        spooler.pool.join()
+    assert spooler.held == [str(spool / "m1")] and spooler.stuck == {}
+
+
+@pytest.mark.parametrize("size", [10, 2 * spoolgore.CHUNK])
+def test_a_mail_that_cannot_be_parsed_is_one_line_of_log_whatever_its_size(spool, run, size):
+    put(spool, "m1", "x" * size)
+    assert len(run("-once", "-smtpaddr", "-").log.items) == 3
+
+
 def test_a_mended_mail_goes_at_once(spool, relay, start):
     put(spool, "m1", "garbage\n")
     put(spool, "m2", mail(None))
