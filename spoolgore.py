@@ -823,7 +823,7 @@ def pieces(text):
 def parsed(text):
     """The JSON object in text. Raises CorruptStatus."""
     try:
-        entries = json.loads(text.decode("utf-8", "replace"))
+        entries = json.loads(text.decode("utf-8-sig", "replace"))  # some editors begin a file with a byte order mark
     except (ValueError, RecursionError) as error:
         raise CorruptStatus(str(error)) from None
     if not isinstance(entries, dict):
@@ -2389,7 +2389,7 @@ def line_of(path, envelope, since):
     shown = min(left or failed, key=lambda r: parse_time(r["NextAttempt"]), default=None)
     kind = kind_of(envelope, left, failed)
     due = parse_time(shown["NextAttempt"]) if left else math.inf
-    error = envelope.get("Error") or (shown["Error"] if shown else "")
+    error = str(envelope.get("Error") or (shown["Error"] if shown else ""))  # an edit may have made anything of it
     others = len(left or failed) - 1
     to = f"{shown['Address']}{f' +{others}' if others else ''}" if shown else ""
     return Line(due, kind, path, since, bare(envelope.get("From")), to, shown["Attempts"] if shown else 0, error)
