@@ -1149,6 +1149,8 @@ def is_being_written(handle, status, now, whole):
 
 def is_locked(handle, pid):
     """Whether a process has locked this file (F_GETLK); where that cannot be asked, whether the process lives."""
+    if not fcntl:  # Windows: there is no lock, and os.kill(pid, 0) would be a Ctrl-C
+        return False
     if sys.platform == "linux":
         question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         return struct.unpack("hhqqi4x", fcntl.fcntl(handle, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
@@ -1280,7 +1282,9 @@ class Spool:
 
     def remove(self, mail):
         """Remove a mail that was delivered. Raises OSError."""
-        for path in self.names(mail):
+        paths = self.names(mail)
+        mail.file.close()  # Windows removes and renames no file that is open
+        for path in paths:
             os.unlink(path)
 
     def failed_path(self, path):
@@ -1293,10 +1297,11 @@ class Spool:
         numbered = (f"{target}.{number}" for number in itertools.count(1))
         while os.path.lexists(target):
             target = next(numbered)
+        others = [path for path in self.names(mail) if path != mail.path]
+        mail.file.close()
         os.rename(mail.path, target)
-        for path in self.names(mail):
-            if path != mail.path:
-                os.unlink(path)
+        for path in others:
+            os.unlink(path)
         return target
 
 
@@ -3160,6 +3165,8 @@ class Spooler:
     def settle(self, mail, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
         path = mail.path
+        if is_settled(envelope) and has_failed(envelope):
+            self.status.commit()  # which takes time: what the file and the entry are is looked at behind it
         if not self.spool.unchanged(mail):
             self.replaced(path)
         elif not is_settled(envelope):
@@ -3192,7 +3199,6 @@ class Spooler:
 
     def put_aside(self, mail):
         """Some were given up: the file goes to .failed, and its entry with it."""
-        self.status.commit()
         try:
             aside = self.spool.put_aside(mail)
         except OSError as error:

@@ -3155,6 +3155,31 @@ def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, sta
     assert (names(spool), given_up(spool), daemon.status()) == ([], [], {})
 
 
+def test_a_file_that_is_replaced_while_the_status_is_written_before_it_is_put_aside(spool, status, monkeypatch):
+    put(spool, "m1", mail("a@x.org"))
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    refused = spoolgore.Outcome(spoolgore.Verdict.DEFERRED, "451 later")
+    spooler.relay.send = lambda sender, addresses, message: dict.fromkeys(addresses, refused)
+    monkeypatch.setattr(status, "commit", lambda: put(spool, "m1", mail("another@x.org")))
+    spooler.handle(str(spool / "m1"))
+    assert given_up(spool) == [] and "another@x.org" in (spool / "m1").read_text()
+    assert str(spool / "m1") in spooler.resting and len(status) == 0
+
+
+@pytest.mark.parametrize("way", ["remove", "put_aside"])
+def test_a_file_is_closed_before_its_name_goes(spool, monkeypatch, way):
+    """Windows refuses it else."""
+    closed = []
+    for name, real in (("unlink", os.unlink), ("rename", os.rename)):
+        monkeypatch.setattr(os, name, lambda *paths, real=real: (closed.append(claimed.file.closed), real(*paths)))
+    (spool / "m1").write_text(mail())
+    os.link(spool / "m1", spool / "m2")
+    the_spool = spoolgore.Spool(str(spool))
+    claimed = the_spool.claim(str(spool / "m1"), NOW, whole=True)
+    getattr(the_spool, way)(claimed)
+    assert names(spool) == [] and closed == [True, True]
+
+
 @pytest.mark.parametrize("is_loop", [False, True])
 def test_a_spool_that_is_away_at_the_end_of_a_transaction(spool, tmp_path, scripted, start, is_loop):
     """The file is not gone because it cannot be seen."""
@@ -5956,6 +5981,15 @@ def test_the_start_after_a_crash(spool, relay, run, case):
     text = json.loads((spool / ".spoolgore.js").read_text())
     left = {os.path.relpath(path, spool): [(r["Status"], r["Error"]) for r in e["To"]] for path, e in text.items()}
     assert left == after and os.listdir(spool / ".failed") == [os.path.basename(name) for name in after]
+
+
+def test_nobody_is_asked_whether_he_lives_where_that_would_be_an_interruption(spool, monkeypatch):
+    """On Windows os.kill(pid, 0) is a Ctrl-C."""
+    (spool / ".spoolgore.lock").write_text(f"{os.getpid()}\n")
+    monkeypatch.setattr(spoolgore, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", lambda *arguments: pytest.fail("was asked"))
+    assert spoolgore.Spool(str(spool)).owner() is None
 
 
 def test_one_spool_one_daemon(spool, relay, start, run):
