@@ -3076,17 +3076,18 @@ class Spooler:
     def transact_all(self, mail, message, envelope, due):
         """Transactions until nobody is due. Raises RelayDown, OutOfTurn."""
         while due and not (self.suspended or self.stopping):
-            if batch := self.next_batch(mail.path, due):
+            if batch := self.next_batch(mail.path, envelope, due):
                 due.extendleft(reversed(self.transact(mail.path, message, batch)))
             if due:
                 self.status.commit_deliveries(mail.path)
 
-    def next_batch(self, path, due):
+    def next_batch(self, path, envelope, due):
         """The next recipients for one transaction; those whose address is no good are given up at once."""
         batch, most = [], min(RECIPIENTS_PER_TRANSACTION, self.turnstile.rate.most)
+        present = {id(recipient) for recipient in recipients(envelope)}
         while due and len(batch) < most:
             recipient = due.popleft()
-            if state(recipient) != WAITING:  # the status file was edited and reloaded meanwhile
+            if id(recipient) not in present or state(recipient) != WAITING:  # an edit was reloaded meanwhile
                 continue
             if problem := address_problem(recipient["Address"]):
                 begin(recipient)

@@ -2024,6 +2024,25 @@ def test_a_reload_between_two_transactions_of_a_mail_sends_nothing_twice(spool, 
     assert [address for received in relay.mails.items for address in received.recipients] == addresses
 
 
+def test_a_recipient_that_an_edit_removes_in_mid_mail_is_not_asked(spool, status):
+    addresses = [f"u{number}@x.org" for number in range(150)]
+    put(spool, "m1", mail(", ".join(addresses)))
+    spooler, path, asked = spooler_of(spool, status), str(spool / "m1"), []
+
+    def send(sender, batch, message):
+        if not asked:
+            entry = status.peek(path)
+            write_status(status, {path: {**entry, "To": entry["To"][:120]}})
+            status.reload()
+        asked.extend(batch)
+        return dict.fromkeys(batch, spoolgore.Outcome(spoolgore.Verdict.DELIVERED))
+
+    spooler.relay.send = send
+    status.commit = lambda: None
+    spooler.handle(path)
+    assert asked == addresses[:120] and names(spool) == []
+
+
 # -------------------------------------------------------------------- rate
 
 
