@@ -485,17 +485,18 @@ def wire_address(address):
 class Message:
     """What is in one mail's file: whom it is from and for, and the content to send.
 
-    file is open for reading in binary mode, size its octets. Raises BadMessage when it cannot be sent at all.
+    file is open for reading in binary mode, size its octets. Raises BadMessage when it cannot be sent at all. whole is
+    the content when it is small enough to be held in memory, else None.
     """
 
     def __init__(self, file, size):
         self.file, self._size = file, size
-        chunks = unix_lines(file.read, min(CHUNK, self._size + 1))
+        chunks = unix_lines(file.read, min(CHUNK, size + 1))
         header, body = split_header(chunks)
         fields = header_fields(header)
         self.from_field, self.sender = parse_sender(fields)
         self.recipients = parse_recipients(fields)
-        self._whole = self._render(fields, body, chunks) if self._size < CHUNK else None
+        self.whole = self._render(fields, body, chunks) if size < CHUNK else None
 
     @staticmethod
     def _render(fields, body, chunks):
@@ -503,19 +504,14 @@ class Message:
         return whole if whole.endswith(b"\r\n") else whole + b"\r\n"
 
     @property
-    def whole(self):
-        """The whole content when it is small enough to be held in memory, else None."""
-        return self._whole
-
-    @property
     def size(self):
         """Octets to declare by SIZE (RFC 1870): exact when whole, else the file's."""
-        return self._size if self._whole is None else len(self._whole)
+        return self._size if self.whole is None else len(self.whole)
 
     def content(self):
         """The content in chunks: CRLF line ends, no Bcc, a line end last."""
-        if self._whole is not None:
-            return iter([self._whole])
+        if self.whole is not None:
+            return iter([self.whole])
         return self._stream()
 
     def _stream(self):
@@ -861,9 +857,6 @@ class Status:
 
     def __contains__(self, path):
         return path in self.entries
-
-    def __len__(self):
-        return len(self.entries)
 
     def changed(self):
         if not self.wanted.is_set():
@@ -1733,11 +1726,9 @@ class Transaction:
 
     def _outcomes(self):
         accepted = self._accepted()
-        return [
-            self._outcome(number, address in accepted, bool(accepted)) for number, address in enumerate(self.addresses)
-        ]
+        return [self._outcome(number, bool(accepted)) for number in range(len(self.addresses))]
 
-    def _outcome(self, number, accepted, others_accepted):
+    def _outcome(self, number, others_accepted):
         mail = self.replies[0] if self.replies else None
         rcpt = self.replies[number + 1] if len(self.replies) > number + 1 else None
         if mail and not mail.ok:
