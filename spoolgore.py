@@ -1154,6 +1154,10 @@ def is_locked(handle, pid):
     return True
 
 
+def int_or_zero(text):
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
+
+
 def path_and_mtime(path):
     """None for a file that is gone."""
     try:
@@ -1751,10 +1755,6 @@ def too_many(reply):
     """Whether a RCPT reply says that the transaction has enough recipients (RFC 5321 4.5.3.1.10)."""
     enhanced = re.match(r"[45]\.\d+\.\d+", reply.text)
     return reply.code in (452, 552) and (not enhanced or enhanced[0][1:] == ".5.3")
-
-
-def int_or_zero(text):
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
 class Security:
