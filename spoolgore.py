@@ -1131,12 +1131,12 @@ def open_carefully(path, _flags):
     return os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
 
 
-def is_being_written(handle, status, now, whole):
+def is_being_written(handle, status, now, closed):
     """Whether a file has to wait; see Spool.claim."""
     refused = lease_refused(handle)
     if refused is not None:
         return refused
-    pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[whole]
+    pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[closed]
     return abs(now - status.st_mtime) < pause
 
 
@@ -1246,18 +1246,18 @@ class Spool:
         """Whether the directory is the one that was locked."""
         return os.path.samestat(os.stat(self.directory), self._home)
 
-    def claim(self, path, now, whole=None):
+    def claim(self, path, now, closed=None):
         """Open a file for sending, as a Mail.
 
-        whole: whether its writer was seen to finish it; None when nothing was seen. Where the system can say itself
-        whether somebody writes the file, that counts; else whole, but a file that rests for long is believed to be.
+        closed: whether its writer was seen to close it; None when nothing was seen. Where the system can say itself
+        whether somebody writes the file, that counts; else closed, but a file that rests for long is believed to be.
         Raises FileNotFoundError, NotYet, NotAMail, or another OSError when it cannot be read.
         """
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise NotAMail("not a regular file, ignored")
         file = open(path, "rb", buffering=0, opener=open_carefully)
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, whole):
+        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, closed):
             file.close()
             raise NotYet
         return Mail(path, file, identity(status))
@@ -2590,7 +2590,7 @@ class Spooler:
         self.held = []
         self.stuck = {}  # path -> signature of a file that cannot be sent as it is
         self.forced = set()  # flushed: due whatever the status says
-        self.whole = {}  # path -> whether its writer was seen to finish it
+        self.closed = {}  # path -> whether its writer was seen to close it, or to move it here
         self.owners = {}  # inode -> the name that counts, of files with several
         self.said = {}  # what was complained about -> the text
         self.need = 1  # recipients of the mail whose turn it is, under -rate
@@ -2803,14 +2803,14 @@ class Spooler:
         path = self.spool.path(name)
         if mask & (watch.OVERFLOW | watch.DELETE_SELF | watch.MOVE_SELF | watch.IGNORED):
             self.next_scan = 0.0
-            self.whole.clear()
+            self.closed.clear()
         elif self.spool.is_mail_name(name):
-            self.whole[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.whole_at_birth(path)
-            if self.is_new(path) or (self.whole[path] and path in self.resting and path not in self.status):
+            self.closed[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.closed_at_birth(path)
+            if self.is_new(path) or (self.closed[path] and path in self.resting and path not in self.status):
                 self.enqueue(path, self.fresh)
 
     @staticmethod
-    def whole_at_birth(path):
+    def closed_at_birth(path):
         """A name that turns up is open in its writer's hands, unless it is another link to what was there before."""
         with contextlib.suppress(OSError):
             status = os.lstat(path)
@@ -2856,7 +2856,7 @@ class Spooler:
             if not os.path.lexists(path):
                 self.gone(path)
         self.stuck = {path: seen for path, seen in self.stuck.items() if path in present}
-        self.whole = {path: whole for path, whole in self.whole.items() if path in present}
+        self.closed = {path: closed for path, closed in self.closed.items() if path in present}
 
     def reopen(self):
         """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
@@ -2873,7 +2873,7 @@ class Spooler:
 
     def gone(self, path):
         """The file is not there: somebody removed it, or it was put aside just before a crash."""
-        for known in (self.stuck, self.whole, self.resting, self.said):
+        for known in (self.stuck, self.closed, self.resting, self.said):
             known.pop(path, None)
         if path not in self.status:
             return
@@ -2952,7 +2952,7 @@ class Spooler:
         """Open a mail's file and deliver it, or see to it that it comes again."""
         seen = signature(path)
         try:
-            mail = self.spool.claim(path, self.clock(), self.whole.get(path))
+            mail = self.spool.claim(path, self.clock(), self.closed.get(path))
         except FileNotFoundError:
             self.gone(path)
         except NotYet:
@@ -2965,7 +2965,7 @@ class Spooler:
             self.cannot_read(path, error)
         else:
             with mail.file:
-                self.whole.pop(path, None)
+                self.closed.pop(path, None)
                 self.said.pop(path, None)
                 self.open_mail(mail, seen)
 

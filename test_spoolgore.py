@@ -3194,7 +3194,7 @@ def test_a_file_is_closed_before_its_name_goes(spool, monkeypatch, way):
     (spool / "m1").write_text(mail())
     os.link(spool / "m1", spool / "m2")
     the_spool = spoolgore.Spool(str(spool))
-    claimed = the_spool.claim(str(spool / "m1"), NOW, whole=True)
+    claimed = the_spool.claim(str(spool / "m1"), NOW, closed=True)
     getattr(the_spool, way)(claimed)
     assert names(spool) == [] and closed == [True, True]
 
