@@ -2674,7 +2674,7 @@ class Spooler:
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
 
-    def state(self):
+    def condition(self):
         """One line for the service manager."""
         trouble = f", relay unavailable: {self.relay.down}" if self.relay.down else ""
         waiting, deferred = self.in_line(), len(self.resting) + len(self.held)
@@ -2741,7 +2741,7 @@ class Spooler:
             self.status.reload()
             log.info("status reloaded")
         except CorruptStatus as error:
-            set_aside(self.status, error, self.clock())
+            set_aside_corrupt(self.status, error, self.clock())
         except OSError as error:
             log.error("status not reloaded, %s", describe(error))
 
@@ -2844,7 +2844,7 @@ class Spooler:
             freq = min(freq, PROBE_SECONDS)  # nothing else tells that it is back
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
-        self.manager.tell(f"READY=1\nSTATUS={one_line(self.state())}")
+        self.manager.tell(f"READY=1\nSTATUS={one_line(self.condition())}")
 
     def take_stock(self, paths):
         """Queue what is new, oldest first; forget what is gone."""
@@ -3240,7 +3240,7 @@ def put_back(batch, error):
         postponed(recipient, error or recipient["Error"])
 
 
-def set_aside(status, error, now):
+def set_aside_corrupt(status, error, now):
     """A corrupt status file is kept, under another name, and said."""
     try:
         log.error("corrupt status file %s, %s: moved to %s", status.path, error, status.set_aside(now))
@@ -3256,7 +3256,7 @@ def load_status(status, now, reload=False):
         else:
             status.load()
     except CorruptStatus as error:
-        set_aside(status, error, now)
+        set_aside_corrupt(status, error, now)
 
 
 # -------------------------------------------------------------------- main
