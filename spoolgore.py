@@ -265,10 +265,9 @@ def whole_number(name, value, least):
     return int(value)
 
 
-def one_of(name, value, choices):
+def check_choice(name, value, choices):
     if value not in choices:
         raise bad_value(name, value, f"must be one of {', '.join(filter(None, choices))}")
-    return value
 
 
 def parse_addresses_of_relays(text, default_port):
@@ -323,26 +322,25 @@ def parse_options(argv, doc=None):
 
 
 def typed(found):
-    """Options from docopt's dict of texts."""
+    """Options from docopt's dict of texts. Raises UsageError."""
     least = {"concurrency": 1, "timeout": 1, "freq": 0, "attempts": 0}
     numbers = {name: whole_number(name, found[name], low) for name, low in least.items()}
-    one_of("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
-    one_of("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
+    check_words(found)
+    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
+    relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
+    parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
+    values = {**found, **switches, **numbers, **parsed}
+    return Options(**{name: values[name] for name in Options._fields})
+
+
+def check_words(found):
+    """Texts that stay texts. Raises UsageError."""
+    check_choice("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
+    check_choice("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
     if found["smtpauth"] and not (found["smtpuser"] or found["smtpmd5user"]):
         raise bad_value("smtpauth", found["smtpauth"], "it needs -smtpuser")
-    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
     if not re.fullmatch(r"[!-~]*", found["helo"]):
         raise bad_value("helo", found["helo"], "not a host name")
-    relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
-    values = {
-        **found,
-        **switches,
-        **numbers,
-        "directory": found["DIRECTORY"],
-        "smtpaddr": relays,
-        "rate": parse_rate(found["rate"]),
-    }
-    return Options(**{name: values[name] for name in Options._fields})
 
 
 def complain(text, status=EX_ERROR):
@@ -558,7 +556,8 @@ def dot_stuffed(chunks):
 #
 # An envelope is one mail's entry in the status: a dict with the original's
 # keys. A recipient is a dict in its To, Cc or Bcc. This section is the only
-# code that writes either; keys that it does not know stay as they are.
+# code that writes either; keys that it does not know stay as they are. now is
+# passed in, in seconds since 1970; a moment is the same as RFC 3339 text.
 
 WAITING, IN_FLIGHT, DELIVERED, GIVEN_UP = "waiting", "in flight", "delivered", "given up"
 MOVES = {
@@ -1392,7 +1391,10 @@ class Reply(NamedTuple):
 
 
 def connect(address, timeout):
-    """A TCP connection to the first of the name's addresses that takes one. Raises OSError."""
+    """A TCP connection to the first of the name's addresses that takes one. Raises OSError.
+
+    timeout: seconds for the name, and as many again for all its addresses together.
+    """
     with limited(timeout, f"{address}: timed out looking up the name"):
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     deadline, failure = time.monotonic() + timeout, None
@@ -1418,6 +1420,7 @@ class Connection(smtplib.SMTP):
     """One connection to a relay: smtplib opens it (EHLO, STARTTLS, AUTH), transact() uses it.
 
     Replies are read here, not by smtplib: with a deadline for the whole reply and a limit to its length.
+    timeout: seconds for each command and for its reply.
     """
 
     def __init__(self, address, timeout, helo=""):
@@ -3279,7 +3282,7 @@ class LogLine(logging.Formatter):
 
 
 def set_up_streams():
-    """Standard output and error may be closed, or full, or a pipe that nobody reads: that stops nothing."""
+    """Standard output and error may be closed, on a full disk, or a pipe whose reader is gone: that stops nothing."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     atexit.register(empty_streams)
