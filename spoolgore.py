@@ -957,7 +957,7 @@ class Status:
         try:
             off_the_hub(write_durably, self.path, status_text(self._packed()))
             self._complaint = ""
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 -- whatever it is, mails wait for this write
             self._failed(error)
         self._in_save = {}
         self._cost = time.monotonic() - started
@@ -3061,6 +3061,9 @@ class Spooler:
             if forced:
                 self.forced.add(mail.path)
             self.status.commit_deliveries(mail.path)
+            raise
+        except BaseException:
+            interrupted(envelope)  # else those in flight would stay so until the next start
             raise
         else:
             self.settle(mail, envelope)

@@ -2043,6 +2043,22 @@ def test_a_recipient_that_an_edit_removes_in_mid_mail_is_not_asked(spool, status
     assert asked == addresses[:120] and names(spool) == []
 
 
+def test_whatever_fails_in_a_write_those_who_wait_for_it_go_on(status, saver, monkeypatch, caplog):
+    """Such as a thread that cannot be started."""
+    monkeypatch.setattr(spoolgore, "write_durably", lambda path, chunks: [][0])
+    with gevent.Timeout(PATIENCE):
+        status.commit()
+    assert not saver.dead and status.wanted.is_set() and "unable to write status file" in caplog.text
+
+
+def test_nobody_stays_in_flight_after_an_unexpected_error(spool, status, monkeypatch):
+    put(spool, "m1", mail("a@x.org"))
+    spooler, path = spooler_of(spool, status), str(spool / "m1")
+    monkeypatch.setattr(spooler.turnstile, "end", lambda *arguments: [][0])
+    spooler.handle(path)
+    assert states_of(status, path) == {"a@x.org": "waiting"} and spooler.resting == {path: NOW + 60}
+
+
 # -------------------------------------------------------------------- rate
 
 
