@@ -266,10 +266,9 @@ def whole_number(name, value, least):
     return int(value)
 
 
-def one_of(name, value, choices):
+def check_choice(name, value, choices):
     if value not in choices:
         raise bad_value(name, value, f"must be one of {', '.join(filter(None, choices))}")
-    return value
 
 
 def parse_addresses_of_relays(text, default_port):
@@ -324,26 +323,25 @@ def parse_options(argv, doc=None):
 
 
 def typed(found):
-    """Options from docopt's dict of texts."""
+    """Options from docopt's dict of texts. Raises UsageError."""
     least = {"concurrency": 1, "timeout": 1, "freq": 0, "attempts": 0}
     numbers = {name: whole_number(name, found[name], low) for name, low in least.items()}
-    one_of("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
-    one_of("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
+    check_words(found)
+    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
+    relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
+    parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
+    values = {**found, **switches, **numbers, **parsed}
+    return Options(**{name: values[name] for name in Options._fields})
+
+
+def check_words(found):
+    """Texts that stay texts. Raises UsageError."""
+    check_choice("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
+    check_choice("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
     if found["smtpauth"] and not (found["smtpuser"] or found["smtpmd5user"]):
         raise bad_value("smtpauth", found["smtpauth"], "it needs -smtpuser")
-    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
     if not re.fullmatch(r"[!-~]*", found["helo"]):
         raise bad_value("helo", found["helo"], "not a host name")
-    relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
-    values = {
-        **found,
-        **switches,
-        **numbers,
-        "directory": found["DIRECTORY"],
-        "smtpaddr": relays,
-        "rate": parse_rate(found["rate"]),
-    }
-    return Options(**{name: values[name] for name in Options._fields})
 
 
 def complain(text, status=EX_ERROR):
@@ -486,17 +484,18 @@ def wire_address(address):
 class Message:
     """What is in one mail's file: whom it is from and for, and the content to send.
 
-    file is open for reading in binary mode, size its octets. Raises BadMessage when it cannot be sent at all.
+    file is open for reading in binary mode, size its octets. Raises BadMessage when it cannot be sent at all. whole is
+    the content when it is small enough to be held in memory, else None.
     """
 
     def __init__(self, file, size):
         self.file, self._size = file, size
-        chunks = unix_lines(file.read, min(CHUNK, self._size + 1))
+        chunks = unix_lines(file.read, min(CHUNK, size + 1))
         header, body = split_header(chunks)
         fields = header_fields(header)
         self.from_field, self.sender = parse_sender(fields)
         self.recipients = parse_recipients(fields)
-        self._whole = self._render(fields, body, chunks) if self._size < CHUNK else None
+        self.whole = self._render(fields, body, chunks) if size < CHUNK else None
 
     @staticmethod
     def _render(fields, body, chunks):
@@ -504,19 +503,14 @@ class Message:
         return whole if whole.endswith(b"\r\n") else whole + b"\r\n"
 
     @property
-    def whole(self):
-        """The whole content when it is small enough to be held in memory, else None."""
-        return self._whole
-
-    @property
     def size(self):
         """Octets to declare by SIZE (RFC 1870): exact when whole, else the file's."""
-        return self._size if self._whole is None else len(self._whole)
+        return self._size if self.whole is None else len(self.whole)
 
     def content(self):
         """The content in chunks: CRLF line ends, no Bcc, a line end last."""
-        if self._whole is not None:
-            return iter([self._whole])
+        if self.whole is not None:
+            return iter([self.whole])
         return self._stream()
 
     def _stream(self):
@@ -563,7 +557,8 @@ def dot_stuffed(chunks):
 #
 # An envelope is one mail's entry in the status: a dict with the original's
 # keys. A recipient is a dict in its To, Cc or Bcc. This section is the only
-# code that writes either; keys that it does not know stay as they are.
+# code that writes either; keys that it does not know stay as they are. now is
+# passed in, in seconds since 1970; a moment is the same as RFC 3339 text.
 
 WAITING, IN_FLIGHT, DELIVERED, GIVEN_UP = "waiting", "in flight", "delivered", "given up"
 MOVES = {
@@ -824,7 +819,7 @@ def pieces(text):
 def parsed(text):
     """The JSON object in text. Raises CorruptStatus."""
     try:
-        entries = json.loads(text.decode("utf-8", "replace"))
+        entries = json.loads(text.decode("utf-8-sig", "replace"))  # some editors begin a file with a byte order mark
     except (ValueError, RecursionError) as error:
         raise CorruptStatus(str(error)) from None
     if not isinstance(entries, dict):
@@ -862,9 +857,6 @@ class Status:
 
     def __contains__(self, path):
         return path in self.entries
-
-    def __len__(self):
-        return len(self.entries)
 
     def changed(self):
         if not self.wanted.is_set():
@@ -966,7 +958,7 @@ class Status:
         try:
             off_the_hub(write_durably, self.path, status_text(self._packed()))
             self._complaint = ""
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 -- whatever it is, mails wait for this write
             self._failed(error)
         self._in_save = {}
         self._cost = time.monotonic() - started
@@ -1040,18 +1032,19 @@ def write_durably(path, chunks):
 
 
 def off_the_hub(function, *arguments):
-    """Call, in a thread, what waits for the disk. Raises OSError."""
-    if error := gevent.get_hub().threadpool.apply(os_error, (function, *arguments)):
+    """Call, in a thread, what would hold up everybody else. Returns and raises what the function does."""
+    result, error = gevent.get_hub().threadpool.apply(result_or_error, (function, *arguments))
+    if error:
         raise error
+    return result
 
 
-def os_error(function, *arguments):
-    """Call it and return its OSError, or None: an exception that leaves its thread is printed by gevent."""
+def result_or_error(function, *arguments):
+    """(result, None) or (None, exception): an exception that leaves its thread is printed by gevent."""
     try:
-        function(*arguments)
-    except OSError as error:
-        return error
-    return None
+        return function(*arguments), None
+    except Exception as error:  # noqa: BLE001
+        return None, error
 
 
 def sync_directory(path):
@@ -1136,17 +1129,19 @@ def open_carefully(path, _flags):
     return os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
 
 
-def is_being_written(handle, status, now, whole):
+def is_being_written(handle, status, now, closed):
     """Whether a file has to wait; see Spool.claim."""
     refused = lease_refused(handle)
     if refused is not None:
         return refused
-    pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[whole]
+    pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[closed]
     return abs(now - status.st_mtime) < pause
 
 
 def is_locked(handle, pid):
     """Whether a process has locked this file (F_GETLK); where that cannot be asked, whether the process lives."""
+    if not fcntl:  # Windows: there is no lock, and os.kill(pid, 0) would be a Ctrl-C
+        return False
     if sys.platform == "linux":
         question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         return struct.unpack("hhqqi4x", fcntl.fcntl(handle, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
@@ -1155,6 +1150,10 @@ def is_locked(handle, pid):
     except OSError as error:
         return error.errno == errno.EPERM
     return True
+
+
+def int_or_zero(text):
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
 def path_and_mtime(path):
@@ -1245,11 +1244,11 @@ class Spool:
         """Whether the directory is the one that was locked."""
         return os.path.samestat(os.stat(self.directory), self._home)
 
-    def claim(self, path, seen, now, whole=None):
+    def claim(self, path, seen, now, closed=None):
         """Open a file for sending, as a Mail.
 
-        seen: its status just now. whole: whether its writer was seen to finish it; None when nothing was seen. Where
-        the system can say itself whether somebody writes the file, that counts; else whole, but a file that rests for
+        seen: its status just now. closed: whether its writer was seen to close it; None when nothing was seen. Where
+        the system can say itself whether somebody writes the file, that counts; else closed, but a file that rests for
         long is believed to be.
         Raises FileNotFoundError, NotYet, NotAMail, or another OSError when it cannot be read.
         """
@@ -1257,7 +1256,7 @@ class Spool:
             raise NotAMail("not a regular file, ignored")
         file = open(path, "rb", buffering=0, opener=open_carefully)
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, whole):
+        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, closed):
             file.close()
             raise NotYet
         return Mail(path, file, status.st_size, status.st_nlink, identity(status))
@@ -1280,7 +1279,9 @@ class Spool:
 
     def remove(self, mail, links):
         """Remove a mail that was delivered. Raises OSError."""
-        for path in self.names(mail, links):
+        paths = self.names(mail, links)
+        mail.file.close()  # Windows removes and renames no file that is open
+        for path in paths:
             os.unlink(path)
 
     def failed_path(self, path):
@@ -1294,6 +1295,7 @@ class Spool:
         numbered = (f"{target}.{number}" for number in itertools.count(1))
         while os.path.lexists(target):
             target = next(numbered)
+        mail.file.close()
         os.rename(mail.path, target)
         for path in others:
             os.unlink(path)
@@ -1391,7 +1393,10 @@ class Reply(NamedTuple):
 
 
 def connect(address, timeout):
-    """A TCP connection to the first of the name's addresses that takes one. Raises OSError."""
+    """A TCP connection to the first of the name's addresses that takes one. Raises OSError.
+
+    timeout: seconds for the name, and as many again for all its addresses together.
+    """
     with limited(timeout, f"{address}: timed out looking up the name"):
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     deadline, failure = time.monotonic() + timeout, None
@@ -1417,6 +1422,7 @@ class Connection(smtplib.SMTP):
     """One connection to a relay: smtplib opens it (EHLO, STARTTLS, AUTH), transact() uses it.
 
     Replies are read here, not by smtplib: with a deadline for the whole reply and a limit to its length.
+    timeout: seconds for each command and for its reply.
     """
 
     def __init__(self, address, timeout, helo=""):
@@ -1746,11 +1752,9 @@ class Transaction:
 
     def _outcomes(self):
         accepted = self._accepted()
-        return [
-            self._outcome(number, address in accepted, bool(accepted)) for number, address in enumerate(self.addresses)
-        ]
+        return [self._outcome(number, bool(accepted)) for number in range(len(self.addresses))]
 
-    def _outcome(self, number, accepted, others_accepted):
+    def _outcome(self, number, others_accepted):
         mail = self.replies[0] if self.replies else None
         rcpt = self.replies[number + 1] if len(self.replies) > number + 1 else None
         if mail and not mail.ok:
@@ -1773,10 +1777,6 @@ def too_many(reply):
     """Whether a RCPT reply says that the transaction has enough recipients (RFC 5321 4.5.3.1.10)."""
     enhanced = re.match(r"[45]\.\d+\.\d+", reply.text)
     return reply.code in (452, 552) and (not enhanced or enhanced[0][1:] == ".5.3")
-
-
-def int_or_zero(text):
-    return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
 class Security:
@@ -2417,7 +2417,7 @@ def line_of(path, envelope, since):
     shown = min(left or failed, key=lambda r: parse_time(r["NextAttempt"]), default=None)
     kind = kind_of(envelope, left, failed)
     due = parse_time(shown["NextAttempt"]) if left else math.inf
-    error = envelope.get("Error") or (shown["Error"] if shown else "")
+    error = str(envelope.get("Error") or (shown["Error"] if shown else ""))  # an edit may have made anything of it
     others = len(left or failed) - 1
     to = f"{shown['Address']}{f' +{others}' if others else ''}" if shown else ""
     return Line(due, kind, path, since, bare(envelope.get("From")), to, shown["Attempts"] if shown else 0, error)
@@ -2622,7 +2622,7 @@ class Spooler:
         self.held = []
         self.stuck = {}  # path -> signature of a file that cannot be sent as it is
         self.forced = set()  # flushed: due whatever the status says
-        self.whole = {}  # path -> whether its writer was seen to finish it
+        self.closed = {}  # path -> whether its writer was seen to close it, or to move it here
         self.owners = {}  # inode -> the name that counts, of files with several
         self.said = {}  # what was complained about -> the text
         self.need = 1  # recipients of the mail whose turn it is, under -rate
@@ -2706,7 +2706,7 @@ class Spooler:
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
 
-    def state(self):
+    def condition(self):
         """One line for the service manager."""
         trouble = f", relay unavailable: {self.relay.down}" if self.relay.down else ""
         waiting, deferred = self.in_line(), len(self.resting) + len(self.held)
@@ -2773,7 +2773,7 @@ class Spooler:
             self.status.reload()
             log.info("status reloaded")
         except CorruptStatus as error:
-            set_aside(self.status, error, self.clock())
+            set_aside_corrupt(self.status, error, self.clock())
         except OSError as error:
             log.error("status not reloaded, %s", describe(error))
 
@@ -2835,14 +2835,14 @@ class Spooler:
         path = self.spool.path(name)
         if mask & (watch.OVERFLOW | watch.DELETE_SELF | watch.MOVE_SELF | watch.IGNORED):
             self.next_scan = 0.0
-            self.whole.clear()
+            self.closed.clear()
         elif self.spool.is_mail_name(name):
-            self.whole[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.whole_at_birth(path)
-            if self.is_new(path) or (self.whole[path] and path in self.resting and path not in self.status):
+            self.closed[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.closed_at_birth(path)
+            if self.is_new(path) or (self.closed[path] and path in self.resting and path not in self.status):
                 self.enqueue(path, self.fresh)
 
     @staticmethod
-    def whole_at_birth(path):
+    def closed_at_birth(path):
         """A name that turns up is open in its writer's hands, unless it is another link to what was there before."""
         with contextlib.suppress(OSError):
             status = os.lstat(path)
@@ -2859,7 +2859,8 @@ class Spooler:
     def enqueue(self, path, queue):
         if path not in self.busy:
             self.busy.add(path)
-            self.resting.pop(path, None)
+            for elsewhere in (self.resting, self.stuck):
+                elsewhere.pop(path, None)
             queue.append(path)
 
     def scan(self):
@@ -2875,7 +2876,7 @@ class Spooler:
             freq = min(freq, PROBE_SECONDS)  # nothing else tells that it is back
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
-        self.manager.tell(f"READY=1\nSTATUS={one_line(self.state())}")
+        self.manager.tell(f"READY=1\nSTATUS={one_line(self.condition())}")
 
     def take_stock(self, paths):
         """Queue what is new, oldest first; forget what is gone."""
@@ -2887,7 +2888,7 @@ class Spooler:
             if not os.path.lexists(path):
                 self.gone(path)
         self.stuck = {path: seen for path, seen in self.stuck.items() if path in present}
-        self.whole = {path: whole for path, whole in self.whole.items() if path in present}
+        self.closed = {path: closed for path, closed in self.closed.items() if path in present}
 
     def reopen(self):
         """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
@@ -2904,7 +2905,7 @@ class Spooler:
 
     def gone(self, path):
         """The file is not there: somebody removed it, or it was put aside just before a crash."""
-        for known in (self.stuck, self.whole, self.resting, self.said):
+        for known in (self.stuck, self.closed, self.resting, self.said):
             known.pop(path, None)
         if path not in self.status:
             return
@@ -2984,7 +2985,7 @@ class Spooler:
         seen = None
         try:
             seen = os.lstat(path)
-            mail = self.spool.claim(path, seen, self.clock(), self.whole.get(path))
+            mail = self.spool.claim(path, seen, self.clock(), self.closed.get(path))
         except FileNotFoundError:
             self.gone(path)
         except NotYet:
@@ -2997,7 +2998,7 @@ class Spooler:
             self.cannot_read(path, error)
         else:
             with mail.file:
-                self.whole.pop(path, None)
+                self.closed.pop(path, None)
                 self.said.pop(path, None)
                 self.open_mail(mail, seen)
 
@@ -3091,6 +3092,9 @@ class Spooler:
                 self.forced.add(mail.path)
             self.status.commit_deliveries(mail.path)
             raise
+        except BaseException:
+            interrupted(envelope)  # else those in flight would stay so until the next start
+            raise
         else:
             self.settle(mail, envelope)
 
@@ -3099,17 +3103,18 @@ class Spooler:
     def transact_all(self, mail, message, envelope, due):
         """Transactions until nobody is due. Raises RelayDown, OutOfTurn."""
         while due and not (self.suspended or self.stopping):
-            if batch := self.next_batch(mail.path, due):
+            if batch := self.next_batch(mail.path, envelope, due):
                 due.extendleft(reversed(self.transact(mail.path, message, batch)))
             if due:
                 self.status.commit_deliveries(mail.path)
 
-    def next_batch(self, path, due):
+    def next_batch(self, path, envelope, due):
         """The next recipients for one transaction; those whose address is no good are given up at once."""
         batch, most = [], min(RECIPIENTS_PER_TRANSACTION, self.turnstile.rate.most)
+        present = {id(recipient) for recipient in recipients(envelope)}
         while due and len(batch) < most:
             recipient = due.popleft()
-            if state(recipient) != WAITING:  # the status file was edited and reloaded meanwhile
+            if id(recipient) not in present or state(recipient) != WAITING:  # an edit was reloaded meanwhile
                 continue
             if problem := address_problem(recipient["Address"]):
                 begin(recipient)
@@ -3120,23 +3125,25 @@ class Spooler:
 
     def transact(self, path, message, batch):
         """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
-        turn = 0 if self.relay.down else self.take_turn(path, len(batch))
-        for recipient in batch:
+        for recipient in batch:  # before the turn is written down: an edit that comes meanwhile leaves them alone
             begin(recipient)
-            if turn:
-                log.info("%s sending mail to %s attempt: %d", path, recipient["Address"], recipient["Attempts"])
+        turn = 0 if self.relay.down else self.take_turn(path, batch)
         outcomes = self.send(path, message, batch, turn)
         return [recipient for recipient in batch if self.conclude(path, recipient, outcomes[recipient["Address"]])]
 
-    def take_turn(self, path, size):
-        """Under -rate: take it, or raise OutOfTurn. Returns size."""
+    def take_turn(self, path, batch):
+        """Returns how many recipients go. Under -rate: raises OutOfTurn, and they wait again, if there is no room."""
+        size = len(batch)
         if self.options.rate:
             if self.turnstile.room() < size:
                 self.need = size
+                put_back(batch, "")
                 raise OutOfTurn
             self.need = 1
             self.turnstile.begin(size)
             self.decided(path)
+        for recipient in batch:
+            log.info("%s sending mail to %s attempt: %d", path, recipient["Address"], recipient["Attempts"])
         return size
 
     def send(self, path, message, batch, turn):
@@ -3185,7 +3192,10 @@ class Spooler:
 
     def settle(self, mail, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
-        path, links = mail.path, self.spool.links(mail)
+        path = mail.path
+        if is_settled(envelope) and has_failed(envelope):
+            self.status.commit()  # which takes time: what the file and the entry are is looked at behind it
+        links = self.spool.links(mail)
         if not links:
             self.replaced(path)
         elif not is_settled(envelope):
@@ -3218,7 +3228,6 @@ class Spooler:
 
     def put_aside(self, mail, links):
         """Some were given up: the file goes to .failed, and its entry with it."""
-        self.status.commit()
         try:
             aside = self.spool.put_aside(mail, links)
         except OSError as error:
@@ -3251,7 +3260,7 @@ def read_message(mail):
     which nobody else would be served. Raises BadMessage, OSError."""
     if mail.size < CHUNK:
         return Message(mail.file, mail.size)
-    return gevent.get_hub().threadpool.apply(Message, (mail.file, mail.size))
+    return off_the_hub(Message, mail.file, mail.size)
 
 
 def age_key(path):
@@ -3268,7 +3277,7 @@ def put_back(batch, error):
         postponed(recipient, error or recipient["Error"])
 
 
-def set_aside(status, error, now):
+def set_aside_corrupt(status, error, now):
     """A corrupt status file is kept, under another name, and said."""
     try:
         log.error("corrupt status file %s, %s: moved to %s", status.path, error, status.set_aside(now))
@@ -3284,7 +3293,7 @@ def load_status(status, now, reload=False):
         else:
             status.load()
     except CorruptStatus as error:
-        set_aside(status, error, now)
+        set_aside_corrupt(status, error, now)
 
 
 # -------------------------------------------------------------------- main
@@ -3307,7 +3316,7 @@ class LogLine(logging.Formatter):
 
 
 def set_up_streams():
-    """Standard output and error may be closed, or full, or a pipe that nobody reads: that stops nothing."""
+    """Standard output and error may be closed, on a full disk, or a pipe whose reader is gone: that stops nothing."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
     atexit.register(empty_streams)

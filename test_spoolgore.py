@@ -1738,13 +1738,21 @@ def test_a_file_is_read_like_any_json_whoever_wrote_or_damaged_it(tmp_path_facto
 def test_a_file_without_entries(status, text):
     write_status(status, text)
     status.load()
-    assert len(status) == 0
+    assert len(status.entries) == 0
+
+
+def test_an_editor_may_begin_the_file_with_a_byte_order_mark(status):
+    write_status(status, "\ufeff{}".encode())
+    status.load()
+    write_status(status, b"\xef\xbb\xbf" + OF_THE_ORIGINAL.encode())
+    status.load()
+    assert len(status.entries) == len(json.loads(OF_THE_ORIGINAL))
 
 
 def test_a_file_that_is_not_there_is_an_empty_status(status):
     status.load()
     status.reload()
-    assert len(status) == 0
+    assert len(status.entries) == 0
 
 
 @pytest.mark.parametrize(
@@ -1843,7 +1851,7 @@ def test_renamed_and_dropped_entries(status):
     status.drop("/spool/m2")
     status.save()
     assert saved_entries(status) == {"/spool/.failed/m1": envelope_to(addressee())}
-    assert "/spool/m1" not in status and len(status) == 1
+    assert "/spool/m1" not in status and len(status.entries) == 1
 
 
 def saved_status(status, entries):
@@ -2029,6 +2037,41 @@ def test_a_reload_between_two_transactions_of_a_mail_sends_nothing_twice(spool, 
     go_on.set()
     wait_until(lambda: not names(spool), "the mail is settled", patience=10)
     assert [address for received in relay.mails.items for address in received.recipients] == addresses
+
+
+def test_a_recipient_that_an_edit_removes_in_mid_mail_is_not_asked(spool, status):
+    addresses = [f"u{number}@x.org" for number in range(150)]
+    put(spool, "m1", mail(", ".join(addresses)))
+    spooler, path, asked = spooler_of(spool, status), str(spool / "m1"), []
+
+    def send(sender, batch, message):
+        if not asked:
+            entry = status.peek(path)
+            write_status(status, {path: {**entry, "To": entry["To"][:120]}})
+            status.reload()
+        asked.extend(batch)
+        return dict.fromkeys(batch, spoolgore.Outcome(spoolgore.Verdict.DELIVERED))
+
+    spooler.relay.send = send
+    status.commit = lambda: None
+    spooler.handle(path)
+    assert asked == addresses[:120] and names(spool) == []
+
+
+def test_whatever_fails_in_a_write_those_who_wait_for_it_go_on(status, saver, monkeypatch, caplog):
+    """Such as a thread that cannot be started."""
+    monkeypatch.setattr(spoolgore, "write_durably", lambda path, chunks: [][0])
+    with gevent.Timeout(PATIENCE):
+        status.commit()
+    assert not saver.dead and status.wanted.is_set() and "unable to write status file" in caplog.text
+
+
+def test_nobody_stays_in_flight_after_an_unexpected_error(spool, status, monkeypatch):
+    put(spool, "m1", mail("a@x.org"))
+    spooler, path = spooler_of(spool, status), str(spool / "m1")
+    monkeypatch.setattr(spooler.turnstile, "end", lambda *arguments: [][0])
+    spooler.handle(path)
+    assert states_of(status, path) == {"a@x.org": "waiting"} and spooler.resting == {path: NOW + 60}
 
 
 # -------------------------------------------------------------------- rate
@@ -2265,6 +2308,7 @@ def lines_by_path(entries, now=NOW):
         (envelope_to(in_state("given up"), in_state("delivered")), "given up", math.inf, "a@x.org", 0, "550 before"),
         (envelope_to(in_state("delivered")), "waiting", math.inf, "", 0, ""),
         (envelope_to(Error="has no recipients"), "unusable", math.inf, "", 0, "has no recipients"),
+        (envelope_to(Error=["has no", 1]), "unusable", math.inf, "", 0, "['has no', 1]"),
         ({"To": 1}, "unusable", math.inf, "", 0, "malformed entry: To is not a list"),
         (7, "unusable", math.inf, "", 0, "malformed entry: not an object"),
         (
@@ -2277,7 +2321,7 @@ def test_the_line_of_a_mail(entry, kind, due, recipient, attempts, error):
     line = spoolgore.line_of("/spool/m1", entry, NOW - 60)
     assert (line.kind, line.due, line.recipient) == (kind, due, recipient)
     assert (line.attempts, line.error, line.path, line.since) == (attempts, error, "/spool/m1", NOW - 60)
-    assert line.sender == ("app@x.org" if kind != "unusable" or error == "has no recipients" else "")
+    assert line.sender == ("app@x.org" if not error.startswith("malformed") else "")
 
 
 def test_lines_come_due_first_and_of_files_only():
@@ -3090,6 +3134,27 @@ def test_what_cannot_be_sent_stays_is_said_once_and_goes_when_it_is_mended(spool
     assert daemon.stop() == 0 and daemon.status() == {}
 
 
+def test_a_mended_mail_that_waits_for_the_relay_is_not_looked_at_by_every_scan(spool, status):
+    put(spool, "m1", "garbage no header\n")
+    spooler = spooler_of(spool, status)
+    spooler.spool.lock()
+    spooler.relay = spoolgore.Relays([spoolgore.Relay("relay", None, 1)])
+    spooler.relay.retire()
+    for text in (None, mail(), None, None):
+        if text:
+            put(spool, "m1", text)
+        spooler.scan()
+        spooler.dispatch()
+        spooler.pool.join()
+    assert spooler.held == [str(spool / "m1")] and spooler.stuck == {}
+
+
+@pytest.mark.parametrize("size", [10, 2 * spoolgore.CHUNK])
+def test_a_mail_that_cannot_be_parsed_is_one_line_of_log_whatever_its_size(spool, run, size):
+    put(spool, "m1", "x" * size)
+    assert len(run("-once", "-smtpaddr", "-").log.items) == 3
+
+
 def test_a_mended_mail_goes_at_once(spool, relay, start):
     put(spool, "m1", "garbage\n")
     put(spool, "m2", mail(None))
@@ -3138,6 +3203,31 @@ def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, sta
     assert daemon.stop() == 0
     assert [received.recipients for received in relay.mails.items] == expected
     assert (names(spool), given_up(spool), daemon.status()) == ([], [], {})
+
+
+def test_a_file_that_is_replaced_while_the_status_is_written_before_it_is_put_aside(spool, status, monkeypatch):
+    put(spool, "m1", mail("a@x.org"))
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    refused = spoolgore.Outcome(spoolgore.Verdict.DEFERRED, "451 later")
+    spooler.relay.send = lambda sender, addresses, message: dict.fromkeys(addresses, refused)
+    monkeypatch.setattr(status, "commit", lambda: put(spool, "m1", mail("another@x.org")))
+    spooler.handle(str(spool / "m1"))
+    assert given_up(spool) == [] and "another@x.org" in (spool / "m1").read_text()
+    assert str(spool / "m1") in spooler.resting and len(status.entries) == 0
+
+
+@pytest.mark.parametrize("way", ["remove", "put_aside"])
+def test_a_file_is_closed_before_its_name_goes(spool, monkeypatch, way):
+    """Windows refuses it else."""
+    closed = []
+    for name, real in (("unlink", os.unlink), ("rename", os.rename)):
+        monkeypatch.setattr(os, name, lambda *paths, real=real: (closed.append(claimed.file.closed), real(*paths)))
+    (spool / "m1").write_text(mail())
+    os.link(spool / "m1", spool / "m2")
+    the_spool = spoolgore.Spool(str(spool))
+    claimed = the_spool.claim(str(spool / "m1"), os.lstat(spool / "m1"), NOW, closed=True)
+    getattr(the_spool, way)(claimed, claimed.links)
+    assert names(spool) == [] and closed == [True, True]
 
 
 @pytest.mark.parametrize("is_loop", [False, True])
@@ -3368,6 +3458,15 @@ def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
     assert len([line for line in daemon.lines if "successfully" in line]) == count - left
 
 
+def spooler_of(spool, status, *flags):
+    """A Spooler in this process that prints, does not run, and whose clock stands still."""
+    options = spoolgore.parse_options(["-smtpaddr", "-", *flags, str(spool)])
+    turnstile = spoolgore.Turnstile(options.rate, str(spool / ".spoolgore.rate"), lambda: NOW)
+    spooler = spoolgore.Spooler(options, spoolgore.Spool(str(spool)), status, turnstile, lambda: NOW)
+    spooler.relay = spoolgore.Printer(io.BytesIO())
+    return spooler
+
+
 @pytest.mark.parametrize("asked, suspended", [
     (["suspend"], True),
     (["suspend", "reload"], False),
@@ -3376,9 +3475,7 @@ def test_signals_are_answered_while_thousands_are_sent(spool, scripted, start):
     (["flush", "suspend", "suspend"], True),
 ])  # fmt: skip
 def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
-    options = spoolgore.parse_options(["-smtpaddr", "-", str(spool)])
-    spooler = spoolgore.Spooler(options, spoolgore.Spool(spool), status, spoolgore.Turnstile([], "", lambda: NOW))
-    spooler.relay = spoolgore.Printer(io.BytesIO())
+    spooler = spooler_of(spool, status)
     for what in asked:
         spooler.ask(what)
     spooler.act_on_signals()
@@ -4073,6 +4170,7 @@ def test_the_daemon_settles_for_the_connections_that_it_gets(spool, scripted, st
             room.release()
 
     relay = scripted(("PIPELINING", "CHUNKING"), serve=serve)
+    relay.replies = {"MAIL": lambda line: crowd.wait_for(1) and None}  # the first three do not do all the work
     for number in range(200):
         put(spool, f"m{number}", mail())
     daemon = start("-smtpaddr", relay.address, "-concurrency", 50)
@@ -5669,6 +5767,25 @@ def test_a_daemon_that_waits_for_its_turn_stops_at_once_and_takes_flush_for_no_r
     assert len(timed.times.items) == 2 and len(names(spool)) == 3
 
 
+def test_a_recipient_that_is_edited_while_its_turn_is_written_down(spool, status, monkeypatch):
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    spooler, path = spooler_of(spool, status, "-rate", "9/s"), str(spool / "m1")
+    write = spooler.turnstile._write
+
+    def edited(line, durable=False):
+        if durable:
+            entry = status.peek(path)
+            done = [{**recipient, "Status": 2, "Error": ""} for recipient in entry["To"]]
+            write_status(status, {path: {**entry, "To": done}})
+            status.reload()
+        write(line, durable)
+
+    monkeypatch.setattr(spooler.turnstile, "_write", edited)
+    spooler.handle(path)
+    assert names(spool) == [] and len(status.entries) == 0
+    assert spooler.turnstile.rate.in_flight == 0 and spooler.turnstile.room() == 7
+
+
 def test_a_relay_that_is_down_uses_up_no_rate(spool, start, scripted):
     port = free_port()
     daemon = start("-rate", "2/h", "-smtpaddr", f"127.0.0.1:{port}")
@@ -5899,6 +6016,15 @@ def test_the_start_after_a_crash(spool, relay, run, case):
     text = json.loads((spool / ".spoolgore.js").read_text())
     left = {os.path.relpath(path, spool): [(r["Status"], r["Error"]) for r in e["To"]] for path, e in text.items()}
     assert left == after and os.listdir(spool / ".failed") == [os.path.basename(name) for name in after]
+
+
+def test_nobody_is_asked_whether_he_lives_where_that_would_be_an_interruption(spool, monkeypatch):
+    """On Windows os.kill(pid, 0) is a Ctrl-C."""
+    (spool / ".spoolgore.lock").write_text(f"{os.getpid()}\n")
+    monkeypatch.setattr(spoolgore, "fcntl", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(os, "kill", lambda *arguments: pytest.fail("was asked"))
+    assert spoolgore.Spool(str(spool)).owner() is None
 
 
 def test_one_spool_one_daemon(spool, relay, start, run):
