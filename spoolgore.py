@@ -149,6 +149,7 @@ CONNECTION_SECONDS = 300  # a connection's life
 PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is down
 LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
 CAP_SECONDS = 30  # how long a relay's limit on connections is believed
+SPARE_DESCRIPTORS = 30  # for the lock, the status, inotify, the interpreter
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
 UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go; a link may look like that
 SAVE_SECONDS = 1  # the least time between two writes of the status file
@@ -689,11 +690,11 @@ def requeue(envelope, now):
             recipient.update(Attempts=0, NextAttempt=format_time(now))
 
 
-def interrupted(envelope):
-    """What was in flight when the status was written waits again. True if anything was."""
+def interrupted(envelope, error=""):
+    """What was in flight waits again; without an error it keeps the one that it had. True if anything was."""
     flying = [recipient for recipient in recipients(envelope) if recipient["Status"] == 1]
     for recipient in flying:
-        move(recipient, WAITING, recipient["Error"])
+        move(recipient, WAITING, error or recipient["Error"])
     return bool(flying)
 
 
@@ -782,10 +783,10 @@ def unpack(packed):
     return next(iter(json.loads(b"{" + packed + b"}").values()))
 
 
-def arrived(path, envelope):
+def arrived(path, envelope, error=""):
     """An entry from the file, packed: what was in flight waits again."""
     if not envelope_problem(envelope):
-        interrupted(envelope)
+        interrupted(envelope, error)
     return pack(path, envelope)
 
 
@@ -910,7 +911,8 @@ class Status:
 
     def load(self):
         """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
-        self.entries = {path: arrived(path, envelope) for path, envelope in read_status(self.path)}
+        killed = "the daemon was killed in mid-transaction: the mail may have arrived"
+        self.entries = {path: arrived(path, envelope, killed) for path, envelope in read_status(self.path)}
 
     def reload(self):
         """Read the file again: it is the truth, but for what happened since it was written.
@@ -1287,14 +1289,16 @@ class Spool:
     def failed_path(self, path):
         return os.path.join(self.failed, os.path.basename(path))
 
+    def failed_paths(self, path):
+        """Where a mail may lie in .failed: under its own name, or one with a number."""
+        yield self.failed_path(path)
+        yield from (f"{self.failed_path(path)}.{number}" for number in itertools.count(1))
+
     def put_aside(self, mail, links):
         """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
         os.makedirs(self.failed, 0o700, exist_ok=True)
         others = [path for path in self.names(mail, links) if path != mail.path]
-        target = self.failed_path(mail.path)
-        numbered = (f"{target}.{number}" for number in itertools.count(1))
-        while os.path.lexists(target):
-            target = next(numbered)
+        target = next(itertools.filterfalse(os.path.lexists, self.failed_paths(mail.path)))
         mail.file.close()
         os.rename(mail.path, target)
         for path in others:
@@ -1305,18 +1309,20 @@ class Spool:
 class Watch:
     """The names that turn up in a directory, by inotify(7). Raises OSError where it is not to be had."""
 
-    CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF = 0x8, 0x80, 0x100, 0x400, 0x800
+    ATTRIB, CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF = 0x4, 0x8, 0x80, 0x100, 0x400, 0x800
     OVERFLOW, IGNORED, ONLYDIR = 0x4000, 0x8000, 0x1000000
 
-    def __init__(self, directory):
+    def __init__(self, directory, lock):
+        """lock: a file in it whose removal is noticed too, as ATTRIB (it has a link less)."""
         libc = ctypes.CDLL(None, use_errno=True)
         if not hasattr(libc, "inotify_init1"):
             raise OSError(errno.ENOSYS, "no inotify")
         self.handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         wanted = self.CLOSE_WRITE | self.MOVED_TO | self.CREATE | self.DELETE_SELF | self.MOVE_SELF | self.ONLYDIR
-        if self.handle < 0 or libc.inotify_add_watch(self.handle, os.fsencode(directory), wanted) < 0:
-            self.close()
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        for path, mask in ((directory, wanted), (lock, self.ATTRIB)):
+            if self.handle < 0 or libc.inotify_add_watch(self.handle, os.fsencode(path), mask) < 0:
+                self.close()
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def wait(self):
         """The next (mask, name) events, when there are any."""
@@ -2308,6 +2314,8 @@ class Turnstile:
         self._write(f"+{count}\n", durable=True)
 
     def end(self, count, went_out=True):
+        if not (count and self.rate.windows):
+            return
         now = self.clock()
         if went_out:
             self.rate.end(count, now)
@@ -2632,6 +2640,7 @@ class Spooler:
         self.sent = 0
         self.watching = None
         self.suspended = self.stopping = False
+        self.exit_status = EX_OK
         self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
 
     # -- the loop
@@ -2648,7 +2657,7 @@ class Spooler:
             self.round()
         self.stop()
         saver.kill()
-        return EX_TEMPFAIL if self.options.once and self.remains() else EX_OK
+        return self.exit_status or (EX_TEMPFAIL if self.options.once and self.remains() else EX_OK)
 
     def round(self):
         """Do what is asked for, look, take up what is due, say how we are."""
@@ -2662,7 +2671,8 @@ class Spooler:
         if self.clock() >= self.next_scan:
             self.scan()
         self.release_due()
-        self.dispatch()
+        if not self.stopping:
+            self.dispatch()
 
     def finished(self):
         if self.stopping:
@@ -2723,6 +2733,8 @@ class Spooler:
             self.take_edit()
             self.status.thaw()
         self.status.save()
+        if self.status.since_save:
+            self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
         log.info("stopped (%d messages in the queue)", self.queued())
 
@@ -2779,7 +2791,7 @@ class Spooler:
 
     def flush(self):
         self.queue_again()
-        self.forced = {*self.resting, *self.fresh, *self.retries}
+        self.forced = {*self.resting, *self.ahead, *self.fresh, *self.retries}
         self.resting, self.times = dict.fromkeys(self.resting, 0.0), [(0.0, path) for path in self.resting]
         log.info("spool directory flushed (%d messages in the queue)", self.queued())
         self.resume()
@@ -2811,7 +2823,7 @@ class Spooler:
         """New names without a listing; where that cannot be had, the scan finds them."""
         self.close_watch()
         try:
-            watch = Watch(self.spool.directory)
+            watch = Watch(self.spool.directory, self.spool.path(".spoolgore.lock"))
         except (OSError, AttributeError, TypeError) as error:
             self.say("watch", f"no inotify ({describe(error)}): new mails are seen every {self.options.freq} s")
         else:
@@ -2833,7 +2845,7 @@ class Spooler:
 
     def noticed(self, watch, mask, name):
         path = self.spool.path(name)
-        if mask & (watch.OVERFLOW | watch.DELETE_SELF | watch.MOVE_SELF | watch.IGNORED):
+        if mask & (watch.OVERFLOW | watch.DELETE_SELF | watch.MOVE_SELF | watch.IGNORED | watch.ATTRIB):
             self.next_scan = 0.0
             self.closed.clear()
         elif self.spool.is_mail_name(name):
@@ -2866,12 +2878,13 @@ class Spooler:
     def scan(self):
         started, freq = time.monotonic(), self.options.freq
         try:
-            paths = self.spool.list()
             if not self.spool.still_locked():
                 self.reopen()
-            self.take_stock(paths)
+            self.take_stock(self.spool.list())
             self.unsay("scan", "spool directory is accessible again")
-        except (OSError, Locked) as error:
+        except Locked as error:
+            self.give_way(error)
+        except OSError as error:
             self.say("scan", f"unable to access spool directory, {describe(error)}")
             freq = min(freq, PROBE_SECONDS)  # nothing else tells that it is back
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
@@ -2889,19 +2902,26 @@ class Spooler:
                 self.gone(path)
         self.stuck = {path: seen for path, seen in self.stuck.items() if path in present}
         self.closed = {path: closed for path, closed in self.closed.items() if path in present}
+        self.owners = {inode: path for inode, path in self.owners.items() if path in present}
 
     def reopen(self):
         """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
         status file counts; else only the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
+        self.open_watch()
         if same:
             return
-        self.open_watch()
         self.status.entries = {path: entry for path, entry in self.status.entries.items() if path in self.busy}
         load_status(self.status, self.clock(), reload=True)
         self.queue_again()
         log.info("spool directory %s was made again", self.spool.directory)
+
+    def give_way(self, error):
+        """Somebody removed the lock, and another daemon has the spool: two would send each mail twice."""
+        log.error("%s: nothing more is sent from here", error)
+        self.stopping, self.exit_status = True, EX_ERROR
+        self.status.thawed.clear()  # the status file is the other's
 
     def gone(self, path):
         """The file is not there: somebody removed it, or it was put aside just before a crash."""
@@ -2909,9 +2929,10 @@ class Spooler:
             known.pop(path, None)
         if path not in self.status:
             return
-        envelope, aside = self.status.peek(path), self.spool.failed_path(path)
+        envelope, asides = self.status.peek(path), itertools.takewhile(os.path.lexists, self.spool.failed_paths(path))
+        aside = next((aside for aside in asides if aside not in self.status), None)
         failed = not envelope_problem(envelope) and is_settled(envelope) and has_failed(envelope)
-        if failed and path != aside and os.path.lexists(aside) and aside not in self.status:
+        if failed and aside and os.path.dirname(path) != self.spool.failed:
             self.status.rename(path, aside)
         elif not self.is_back(path):
             self.status.drop(path)
@@ -3342,12 +3363,23 @@ def set_up_logging(stream):
 
 
 def raise_descriptor_limit():
-    """A connection and a file for each mail in flight; the usual 1024 are too few for -concurrency 1000."""
+    """Returns how many files may be open; infinity where that is not to be known."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return math.inf if hard == resource.RLIM_INFINITY else hard
+    return math.inf
+
+
+def affordable(concurrency, descriptors):
+    """How many mails may be in flight: each needs a connection and its file, and we some more."""
+    most = max(1, (descriptors - SPARE_DESCRIPTORS) / 2)
+    if concurrency <= most:
+        return concurrency
+    log.error("-concurrency is lowered to %d: no more than %d files may be open", most, descriptors)
+    return int(most)
 
 
 def set_up_signals(spooler):
@@ -3362,8 +3394,17 @@ def set_up_signals(spooler):
         gevent.signal_handler(getattr(signal, name), spooler.ask_to_stop)
 
 
+def check_status_path(path):
+    """Raises UsageError for a path that no status file can have."""
+    if not os.path.isdir(os.path.dirname(path)):
+        raise bad_value("json", path, "its directory does not exist")
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise bad_value("json", path, "not a regular file")
+
+
 def serve(options):
     """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
+    options = options._replace(concurrency=affordable(options.concurrency, raise_descriptor_limit()))
     spool = Spool(options.directory, options.json)
     status = Status(spool.status_path)
     turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
@@ -3375,7 +3416,6 @@ def serve(options):
     log.info("--- starting Spoolgore (pid: %d) on directory %s ---", os.getpid(), options.directory)
     load_status(status, time.time())
     turnstile.load()
-    raise_descriptor_limit()
     gc.freeze()  # what is there now stays: the collector need not look at it again
     with progress_on_terminal(spooler) if options.once and sys.stderr.isatty() else contextlib.nullcontext():
         return spooler.run()
@@ -3398,6 +3438,8 @@ def main(argv):
     set_up_logging(sys.stderr)
     try:
         options = parse_options(argv)
+        if options.json:
+            check_status_path(os.path.abspath(options.json))
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
         print(f"{error}\n{usage()}", file=sys.stderr)

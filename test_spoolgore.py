@@ -1694,6 +1694,9 @@ def test_a_file_that_the_original_wrote_is_read_and_written_as_it_would(status):
     assert spoolgore.is_due(m1["To"][1], NOW) and spoolgore.next_attempt({**m1, "To": m1["To"][:1]}) < NOW
     status.save()
     expected = OF_THE_ORIGINAL.replace("\\u003c", "<").replace("\\u003e", ">").replace('"Status": 1', '"Status": 0')
+    expected = expected.replace(
+        '"Error": ""', '"Error": "the daemon was killed in mid-transaction: the mail may have arrived"'
+    )
     assert Path(status.path).read_text() == expected
 
 
@@ -2516,18 +2519,94 @@ def test_what_cannot_be_sent_is_said_once_and_is_sent_when_it_is_mended(spool, r
 
 
 def test_a_mail_that_cannot_be_opened_for_want_of_descriptors_is_not_given_up(spool, scripted, start):
-    demand("prlimit")
+    import resource  # not on Windows
+
     relay, gate = scripted(), threading.Event()
     relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
+    daemon = start("-smtpaddr", relay.address)
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (40, 40))
     for number in range(60):
         put(spool, f"m{number}", mail(f"a{number:02}@example.org"))
-    daemon = start("-smtpaddr", relay.address, python=("prlimit", "--nofile=40:40", sys.executable))
     daemon.wait_for("unable to read mail files, Too many open files")
     gate.set()
     relay.wait_for(10)
     flush_until(daemon, lambda: not names(spool))
     assert sent_to(relay) == [f"a{number:02}@example.org" for number in range(60)]
     assert len(said(daemon, "unable to read")) == 1
+
+
+def test_no_more_mails_are_in_flight_than_files_may_be_open(spool, relay, run):
+    demand("prlimit")
+    for number in range(60):
+        put(spool, f"m{number}", mail(f"a{number:02}@example.org"))
+    daemon = run("-once", "-smtpaddr", relay.address, python=("prlimit", "--nofile=40:40", sys.executable))
+    assert daemon.status_code == 0 and len(sent_to(relay)) == 60
+    assert said(daemon, "lowered") == ["-concurrency is lowered to 5: no more than 40 files may be open"]
+    assert not said(daemon, "unable") and not said(daemon, "unavailable")
+
+
+@pytest.mark.parametrize("has_inotify", [True, False])
+def test_a_second_daemon_does_not_get_the_spool_by_a_removed_lock(spool, relay, start, has_inotify):
+    """Where the removal is noticed, the lock is taken again; else the first daemon gives way."""
+    python = (sys.executable,) if has_inotify else lacking("inotify")
+    first = start("-smtpaddr", relay.address, "-freq", 3600, python=python)
+    put(spool, "m1", mail("a@example.org"))
+    if not has_inotify:
+        first.send("SIGURG")
+    relay.wait_for(1)
+    (spool / ".spoolgore.lock").unlink()
+    if has_inotify:
+        wait_until((spool / ".spoolgore.lock").exists)
+        second = spoolgore_run("-smtpaddr", relay.address, spool)
+        assert second.returncode == 1 and f"in use by pid {first.process.pid}" in second.stderr
+        assert first.stop() == 0
+    else:
+        second = start("-smtpaddr", relay.address, "-freq", 3600)
+        first.send("SIGURG")
+        assert first.wait() == 1
+        assert said(first, f"in use by pid {second.process.pid}: nothing more is sent from here")
+        put(spool, "m2", mail("b@example.org"))
+        relay.wait_for(2)
+        assert second.stop() == 0
+    assert len(sent_to(relay)) == (1 if has_inotify else 2)
+
+
+def test_a_mail_whose_numbered_place_in_failed_was_not_written_down_is_known_there(spool, run, relay):
+    """The crash came between its move and the status: nobody who has the mail gets it again when it is moved back."""
+    put_status(spool, {"m1": entry(recipient(status=2), recipient("b@x.org", 2, 100, "550 no"))})
+    (spool / "m1").unlink()
+    (spool / ".failed").mkdir()
+    for name in ("m1", "m1.1"):
+        (spool / ".failed" / name).write_text(mail("a@x.org, b@x.org"))
+    status = json.loads((spool / ".spoolgore.js").read_text())
+    status[str(spool / ".failed" / "m1")] = entry(recipient("old@x.org", 2, 100, "550 no"))
+    (spool / ".spoolgore.js").write_text(json.dumps(status))
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    (spool / ".failed" / "m1.1").rename(spool / "m1.1")
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert sent_to(relay) == ["b@x.org"]
+
+
+def test_a_mail_that_was_in_flight_at_a_kill_says_so(spool, scripted, run):
+    relay = scripted()
+    relay.replies = {"RCPT": b"451 4.7.1 later\r\n"}
+    put_status(spool, {"m1": entry(recipient(status=1))})
+    (spool / "m1").write_text(mail("a@x.org"))
+    run("-once", "-smtpaddr", relay.address)
+    assert json.loads((spool / ".spoolgore.js").read_text())[str(spool / "m1")]["To"][0]["Error"].endswith(
+        "may have arrived"
+    )
+
+
+@pytest.mark.parametrize("name, reason", [("no/x.js", "its directory does not exist"), ("fifo", "not a regular file")])
+@pytest.mark.parametrize("flags", [("-once",), ("-status",)])
+def test_a_status_file_that_cannot_be_one_is_refused(spool, tmp_path, name, reason, flags):
+    os.mkfifo(tmp_path / "fifo")
+    done = spoolgore_run(*flags, "-smtpaddr", "-", "-json", tmp_path / name, spool)
+    assert done.returncode == 2 and done.stderr.startswith(
+        f'invalid value "{tmp_path / name}" for flag -json: {reason}\n'
+    )
+    assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode)
 
 
 def test_a_file_of_100_megabytes(spool, scripted, start):
@@ -2745,7 +2824,7 @@ def test_a_lock_that_is_removed_by_hand_makes_nobody_forget_what_was_delivered(s
     wait_until((spool / ".spoolgore.lock").exists)
     assert "is in use by pid" in spoolgore_run(spool).stderr
     flush_until(daemon, lambda: len(said(daemon, "mail to late@x.org 451")) >= 2)
-    assert daemon.stop() == 0
+    assert daemon.stop() == 1  # the status could not be saved
     assert len(said(daemon, "sending mail to a@x.org")) == 1 and not said(daemon, "made again")
 
 
@@ -3760,7 +3839,9 @@ def test_a_corrupt_status_file_is_set_aside_and_said(spool, relay, start, is_run
 def test_a_status_file_that_cannot_be_written_is_said_once_and_stops_nobody(spool, tmp_path, relay, start):
     relay.recorder.rcpt_replies["later@x.org"] = "451 4.7.1 try later"
     file = tmp_path / "nowhere" / "status.js"
+    file.parent.mkdir()
     daemon = start("-smtpaddr", relay.address, "-json", file)
+    shutil.rmtree(file.parent)
     for number in range(3):  # each wants to be on the disk before it goes on
         put(spool, f"m{number}", mail("a@x.org, later@x.org"))
         relay.wait_for(number + 1)
