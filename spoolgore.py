@@ -1203,11 +1203,13 @@ class Spool:
         return dict(filter(None, map(path_and_mtime, paths)))
 
     def owner(self):
-        """(pid, start time) of the process that has the lock, or None. Asks, and takes nothing. Raises OSError."""
+        """(pid, start time, whether suspended) of the process that has the lock, or None. Asks, and takes nothing.
+        Raises OSError."""
         try:
             with open(self.path(".spoolgore.lock"), "rb") as file:
-                pid, since = int_or_zero(file.read(32).decode("ascii", "replace").strip()), os.fstat(file.fileno())
-                return (pid, since.st_mtime) if pid and is_locked(file.fileno(), pid) else None
+                pid, _, word = file.read(32).decode("ascii", "replace").partition("\n")
+                since, pid = os.fstat(file.fileno()).st_mtime, int_or_zero(pid.strip())
+                return (pid, since, word == "suspended\n") if pid and is_locked(file.fileno(), pid) else None
         except FileNotFoundError:
             return None
 
@@ -1218,7 +1220,7 @@ class Spool:
             if fcntl:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.read(handle, 32).decode("ascii", "replace").strip()
+            owner = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
             os.close(handle)
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
@@ -1233,6 +1235,15 @@ class Spool:
             return os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         except OSError as error:  # people know the directory, not the lock
             raise OSError(error.errno, error.strerror, self.directory) from None
+
+    def mark(self, suspended):
+        """Let owner() know, in a second line of the lock's file, whose time stays that of the start."""
+        pid, since = f"{os.getpid()}\n".encode(), os.fstat(self._lock).st_mtime_ns
+        with contextlib.suppress(OSError):  # a full disk: it is only not shown
+            os.ftruncate(self._lock, len(pid))
+            if suspended:
+                os.pwrite(self._lock, b"suspended\n", len(pid))
+            os.utime(self._lock, ns=(since, since))
 
     def still_locked(self):
         """Whether the lock is there: it may have been removed, or the directory with it."""
@@ -2448,8 +2459,12 @@ def ago(seconds):
 
 
 def daemon_line(owner, now):
-    """owner: the pid and start time of the daemon that has the spool, or None."""
-    return f"daemon: running, pid {owner[0]}, since {ago(now - owner[1])}" if owner else "daemon: not running"
+    """owner: the daemon that has the spool, as Spool.owner() says."""
+    if not owner:
+        return "daemon: not running"
+    pid, since, suspended = owner
+    state, hint = ("suspended", f"; kill -URG {pid} ends it") if suspended else ("running", "")
+    return f"daemon: {state}, pid {pid}, since {ago(now - since)}{hint}"
 
 
 def summary(lines, owner, now):
@@ -2754,11 +2769,13 @@ class Spooler:
     def suspend(self):
         self.suspended = True
         self.status.freeze()
+        self.spool.mark(suspended=True)
         self.manager.tell("STATUS=suspended")
         log.info("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
 
     def resume(self):
         self.suspended = False
+        self.spool.mark(suspended=False)
         self.status.thaw()
         self.next_scan = 0.0
         self.relay.poke()

@@ -2347,7 +2347,7 @@ def test_the_summary():
     entries += [("/spool/f", envelope_to(in_state("given up"))), ("/spool/u", envelope_to(Error="has no recipients"))]
     files = {path: NOW - 7200 if path == "/spool/m1" else NOW for path, _ in entries}
     lines = spoolgore.lines_of(entries, {**files, "/spool/new": NOW}, NOW)
-    text = list(spoolgore.summary(lines, (4711, NOW - 86400 * 3), NOW))
+    text = list(spoolgore.summary(lines, (4711, NOW - 86400 * 3, False), NOW))
     assert text[:4] == [
         "daemon: running, pid 4711, since 3d",
         "mails: 1 new, 0 waiting, 0 in flight, 3 deferred, 1 given up, 1 unusable",
@@ -2355,6 +2355,8 @@ def test_the_summary():
         f"error: 3 x {error}",
     ]
     assert sorted(text[4:]) == ["error: 1 x 550 before", "error: 1 x has no recipients"]
+    suspended = next(spoolgore.summary(lines, (4711, NOW - 86400 * 3, True), NOW))
+    assert suspended == "daemon: suspended, pid 4711, since 3d; kill -URG 4711 ends it"
     nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable"
     assert list(spoolgore.summary([], None, NOW)) == ["daemon: not running", nothing]
 
@@ -3476,6 +3478,7 @@ def spooler_of(spool, status, *flags):
 ])  # fmt: skip
 def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
     spooler = spooler_of(spool, status)
+    spooler.spool.lock()
     for what in asked:
         spooler.ask(what)
     spooler.act_on_signals()
@@ -6155,6 +6158,42 @@ def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
     before = {path: path.stat().st_mtime_ns for path in spool.iterdir()}
     assert spoolgore_run("-status", spool).returncode == 1
     assert before == {path: path.stat().st_mtime_ns for path in spool.iterdir()}
+
+
+@pytest.mark.parametrize("end", ["SIGURG", "SIGHUP"])
+def test_status_knows_a_daemon_that_is_suspended(spool, start, scripted, run, end):
+    daemon = start("-smtpaddr", scripted().address)
+    pid, lock = daemon.process.pid, spool / ".spoolgore.lock"
+    os.utime(lock, (NOW, NOW))  # its time, that of the start, lasts
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended")
+    text = wait_until(lambda: "suspended" in (text := spoolgore_run("-status", spool).stdout) and text)
+    assert re.match(rf"daemon: suspended, pid {pid}, since \w+; kill -URG {pid} ends it\n", text)
+    assert run("-once").lines == [f"spool directory {spool} is in use by pid {pid}"]
+    daemon.send(end)
+    wait_until(lambda: lock.read_text() == f"{pid}\n")
+    assert spoolgore_run("-status", spool).stdout.startswith(f"daemon: running, pid {pid}, since ")
+    wait_until(lambda: lock.stat().st_mtime == NOW)
+    daemon.send("SIGTSTP")
+    wait_until(lambda: "suspended" in lock.read_text())
+    daemon.kill()
+    assert spoolgore_run("-status", spool).stdout.startswith("daemon: not running\n")
+    daemon = start("-smtpaddr", scripted().address)
+    assert lock.read_text() == f"{daemon.process.pid}\n"
+
+
+def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    spooler = spooler_of(spool, status)
+    spooler.spool.lock()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        spooler.suspend()
+    assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n"
+    spooler.resume()
+    assert not spooler.suspended
 
 
 def test_status_with_a_status_file_elsewhere(spool, tmp_path):
