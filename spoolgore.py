@@ -2486,7 +2486,8 @@ def table(lines, now):
     for line in lines:
         wait = "-" if line.due == math.inf else ago(line.due - now) if line.due > now else "now"
         name = line.path.rpartition("/.failed/")[2] if line.kind == "given up" else os.path.basename(line.path)
-        cells = (name, line.kind, ago(now - line.since), line.sender or "<>", line.recipient, str(line.attempts), wait)
+        sender = line.sender or ("" if line.kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
+        cells = (name, line.kind, ago(now - line.since), sender, line.recipient, str(line.attempts), wait)
         yield (*cells, line.error)
 
 

@@ -2291,11 +2291,6 @@ def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, cap
 # ------------------------------------------------------------------ report
 
 
-def lines_by_path(entries, now=NOW):
-    files = {path: now - 60 for path, _ in entries}
-    return {line.path: line for line in spoolgore.lines_of(entries, files, now)}
-
-
 @pytest.mark.parametrize(
     "entry, kind, due, recipient, attempts, error",
     [
@@ -2367,9 +2362,11 @@ def test_the_table_and_its_columns():
         ("/spool/.failed/m2", {**envelope_to(in_state("given up")), "From": "Foo <foo@x.org>"}),
         ("/spool/m3", {**envelope_to(addressee()), "From": ""}),
     ]
-    lines = [line for _, line in sorted(lines_by_path(entries).items(), key=lambda item: item[1].due)]
+    files = {**{path: NOW - 60 for path, _ in entries}, "/spool/m4": NOW - 60}
+    lines = spoolgore.lines_of(entries, files, NOW)
     assert spoolgore.aligned(spoolgore.table(lines, NOW), 0) == [
         "FILE  STATE     AGE  SENDER     RECIPIENT  ATTEMPTS  NEXT IN  ERROR",
+        "m4    new       1m                         0         now",
         "m3    waiting   1m   <>         a@x.org    0         now",
         r"m1    deferred  1m   app@x.org  a@x.org    2         12m      451 a\r \x1b[31mred",
         "m2    given up  1m   foo@x.org  a@x.org    0         -        550 before",
@@ -2377,6 +2374,7 @@ def test_the_table_and_its_columns():
     narrow = spoolgore.aligned(spoolgore.table(lines, NOW), 23)
     assert narrow == [
         "FILE  STATE     AGE  SE",
+        "m4    new       1m",
         "m3    waiting   1m   <>",
         "m1    deferred  1m   ap",
         "m2    given up  1m   fo",
