@@ -2412,16 +2412,18 @@ class Line(NamedTuple):
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
 
 
-def lines_of(entries, files, now):
+def lines_of(entries, files, now, running=True):
     """A Line for each mail, due first: entries are (path, entry) pairs, files a dict from path to its mtime."""
-    known = {path: line_of(path, entry, files[path]) for path, entry in entries if path in files}
+    known = {path: line_of(path, entry, files[path], running) for path, entry in entries if path in files}
     new = [Line(now, "new", path, since, "", "", 0, "") for path, since in files.items() if path not in known]
     return sorted([*known.values(), *new])
 
 
-def line_of(path, envelope, since):
+def line_of(path, envelope, since, running=True):
     if problem := envelope_problem(envelope):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
+    if not running:
+        interrupted(envelope)
     everybody = recipients(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     failed = [] if left else [recipient for recipient in everybody if recipient["Error"]]
@@ -2513,7 +2515,7 @@ def report(options, stream, now):
     spool = Spool(options.directory, options.json)
     gc.disable()  # many small objects, and none of them garbage
     files, owner = spool.ages(), spool.owner()
-    lines = lines_of(read_status(spool.status_path), files, now)
+    lines = lines_of(read_status(spool.status_path), files, now, bool(owner))
     width = shutil.get_terminal_size().columns if stream.isatty() else 0
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
     if lines:

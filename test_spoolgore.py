@@ -2319,6 +2319,16 @@ def test_the_line_of_a_mail(entry, kind, due, recipient, attempts, error):
     assert line.sender == ("app@x.org" if not error.startswith("malformed") else "")
 
 
+@pytest.mark.parametrize("flying, kind", [
+    (addressee(status=1), "waiting"),
+    (addressee(status=1, error="451 before"), "deferred"),
+    (addressee(status=1, attempts=1), "deferred"),
+])  # fmt: skip
+def test_nothing_is_in_flight_without_a_daemon(flying, kind):
+    assert spoolgore.line_of("/spool/m1", envelope_to(flying), NOW).kind == "in flight"
+    assert spoolgore.line_of("/spool/m1", envelope_to(flying), NOW, running=False).kind == kind
+
+
 def test_lines_come_due_first_and_of_files_only():
     entries = [
         ("/spool/later", envelope_to(addressee(moment="2026-11-24T08:00:00Z"))),
@@ -6138,13 +6148,14 @@ def test_status_of_every_kind_of_mail(spool):
     assert done.returncode == 1
     text, table = done.stdout.split("\n\n")
     assert "daemon: not running" in text
-    assert "1 new, 1 waiting, 1 in flight, 2 deferred, 1 given up, 1 unusable" in text
+    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 1 unusable" in text
     assert "error: 2 x 451 later" in text
     rows = {line.split()[0]: re.split(r"  +", line) for line in table.splitlines()[1:]}
     assert rows["deferred"][3:] == ["shop@example.org", "a@x.org +1", "3", "59m", "451 later"]
     assert rows["partly"][4:] == ["c@x.org", "1", "1m", "451 later"]
     assert rows["gone"][1] == "given up" and rows["gone"][-1] == "550 no such user"
     assert [name for name in rows if name in ("waiting", "partly", "deferred")] == ["waiting", "partly", "deferred"]
+    assert rows["flying"][1] == "waiting"  # no daemon runs
 
 
 def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
