@@ -152,6 +152,7 @@ CAP_SECONDS = 30  # how long a relay's limit on connections is believed
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
 UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go; a link may look like that
 SAVE_SECONDS = 1  # the least time between two writes of the status file
+NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
@@ -2532,9 +2533,9 @@ class Progress:
         self.interval = interval
         self.since = None  # (when, mails sent by then) of the last word, or of the start of the work
 
-    def line(self, now, waiting, in_flight, sent):
-        """The text to show, or an empty one."""
-        if not waiting + in_flight:
+    def line(self, now, waiting, in_flight, sent, turn=0):
+        """The text to show, or an empty one. turn: how long -rate holds back what is waiting."""
+        if not in_flight and (not waiting or turn >= NEAR_SECONDS):
             self.since = None
             return ""
         start, before = self.since = self.since or (now, sent)
@@ -2542,7 +2543,7 @@ class Progress:
             return ""
         self.since = (now, sent)
         speed = (sent - before) / (now - start)
-        left = (waiting + in_flight) / speed if speed else math.inf
+        left = (waiting + in_flight) / speed if speed and turn <= self.interval else math.inf
         return "" if left < 3 else progress_text(waiting, in_flight, sent, speed, left)
 
     def next_word(self):
@@ -2693,11 +2694,12 @@ class Spooler:
         return len(self.ahead) + len(self.fresh) + len(self.retries)
 
     def turn_is_near(self):
-        """Whether something is in line that goes within a minute."""
-        if not self.in_line():
-            return False
-        wait = self.turnstile.wait(self.need)
-        return wait is None or wait < 60
+        """Whether something is in line that goes soon."""
+        return bool(self.in_line()) and self.turn() < NEAR_SECONDS
+
+    def turn(self):
+        """Seconds until -rate lets the next in line go; 0 also when that depends on what is in flight."""
+        return (self.in_line() and self.turnstile.wait(self.need)) or 0
 
     def is_due_before(self, moment):
         return bool(self.times) and self.times[0][0] < moment
@@ -2714,15 +2716,23 @@ class Spooler:
             yield self.next_scan - now
         if self.times:
             yield self.times[0][0] - now
-        if self.in_line() and (turn := self.turnstile.wait(self.need)):
+        if turn := self.turn():
             yield turn
 
     def tell(self):
         """The log and the service manager hear how we are."""
-        counts = (self.in_line(), len(self.pool), self.sent)
-        if text := self.progress.line(self.clock(), *counts):
+        counts, turn = (self.in_line(), len(self.pool), self.sent), self.turn()
+        self.say_turn(turn)
+        if text := self.progress.line(self.clock(), *counts, turn):
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
+
+    def say_turn(self, turn):
+        """That -rate holds back everything for long, once until nothing is in line any more."""
+        if turn >= NEAR_SECONDS and "rate" not in self.said:
+            self.say("rate", f"rate limit: the next turn is in {ago(turn)}")
+        elif not self.in_line():
+            self.said.pop("rate", None)
 
     def condition(self):
         """One line for the service manager."""

@@ -2422,6 +2422,20 @@ def test_progress_is_said_while_there_is_much_to_do(history):
         assert progress.line(NOW + when, waiting, in_flight, sent) == text
 
 
+@pytest.mark.parametrize("in_flight, turn, text", [
+    (1, 0, "9 waiting, 1 in flight, 20 sent, 2.0 mails/s, 5s left"),
+    (1, 9, "9 waiting, 1 in flight, 20 sent, 2.0 mails/s, 5s left"),
+    (1, 11, "9 waiting, 1 in flight, 20 sent, 2.0 mails/s"),
+    (0, 59, "9 waiting, 0 in flight, 20 sent, 2.0 mails/s"),
+    (0, 60, ""),  # that was said in a line of its own
+])  # fmt: skip
+def test_progress_promises_no_time_while_it_waits_for_a_turn(in_flight, turn, text):
+    progress = spoolgore.Progress(10)
+    progress.line(NOW, 29, 1, 0)
+    assert progress.line(NOW + 10, 9, in_flight, 20, turn) == text
+    assert (progress.next_word() == math.inf) == (not text)
+
+
 def test_when_progress_has_the_next_word():
     progress = spoolgore.Progress(10)
     assert progress.next_word() == math.inf
@@ -5753,14 +5767,21 @@ def test_the_rate_holds_across_kills(spool, start, timed):
     assert timed.most_in_a_window(1) <= 10
 
 
+def assert_turn_said_once(daemon):
+    (line,) = [line for line in daemon.lines if "rate" in line]
+    assert re.fullmatch("rate limit: the next turn is in (59m|1h)", line)
+
+
 def test_once_leaves_what_would_have_to_wait_for_more_than_a_minute(spool, run, timed):
     spool_numbered(spool, range(5))
     flags = ["-once", "-rate", "3/h,100/s", "-smtpaddr", timed.address]
     daemon = run(*flags)
     assert daemon.status_code == 75 and len(names(spool)) == 2
+    assert_turn_said_once(daemon)
     assert sorted(numbered(address) for _, address in timed.times.items) == [0, 1, 2]
     again = run(*flags)
     assert again.status_code == 75 and len(names(spool)) == 2 and len(timed.times.items) == 3
+    assert_turn_said_once(again)
     for name in names(spool):
         assert all(r["Attempts"] == 0 and r["Status"] == 0 for r in again.recipients(name).values())
 
@@ -5774,6 +5795,7 @@ def test_a_daemon_that_waits_for_its_turn_stops_at_once_and_takes_flush_for_no_r
     daemon.wait_for("spool directory flushed")
     put(spool, "late", mail("9@example.org"))
     assert daemon.stop() == 0
+    assert_turn_said_once(daemon)
     assert daemon.lines[-1] in ("stopped (2 messages in the queue)", "stopped (3 messages in the queue)")
     assert len(timed.times.items) == 2 and len(names(spool)) == 3
 
