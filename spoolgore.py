@@ -279,6 +279,8 @@ def parse_addresses_of_relays(text, default_port):
 
 def parse_relay(text, default_port):
     """An Address from ``host:port``, ``host``, ``:port`` or ``[IPv6]:port``."""
+    if text == "-":
+        raise bad_value("smtpaddr", text, '"-" stands alone')
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/,]*))(?::(\d{1,5}))?", text)
     if not match or not text:
         raise bad_value("smtpaddr", text, "not an address like host:port")
@@ -339,10 +341,18 @@ def check_words(found):
     """Texts that stay texts. Raises UsageError."""
     check_choice("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
     check_choice("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
-    if found["smtpauth"] and not (found["smtpuser"] or found["smtpmd5user"]):
-        raise bad_value("smtpauth", found["smtpauth"], "it needs -smtpuser")
+    check_user(found, "smtpauth", "smtpuser", "smtpmd5user")
+    check_user(found, "smtppasswordcommand", "smtpuser", "smtpmd5user")
+    check_user(found, "smtppassword", "smtpuser")
+    check_user(found, "smtpmd5password", "smtpmd5user")
     if not re.fullmatch(r"[!-~]*", found["helo"]):
         raise bad_value("helo", found["helo"], "not a host name")
+
+
+def check_user(found, name, *users):
+    if found[name] and not any(found[user] for user in users):
+        secret = "password" in name  # a command may hold one too
+        raise bad_value(name, "..." if secret else found[name], f"it needs -{users[0]}")
 
 
 def complain(text, status=EX_ERROR):

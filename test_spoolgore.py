@@ -596,10 +596,11 @@ def test_defaults():
 
 @pytest.mark.parametrize("flag, text, value", FLAG_VALUES)
 def test_every_flag_in_four_spellings_before_and_behind_the_directory(flag, text, value):
-    expected = options_of("spool")._replace(**{flag: value})
+    users = ["-smtpuser=me", "-smtpmd5user=me"] if "password" in flag else []
+    expected = options_of(*users, "spool")._replace(**{flag: value})
     for words in spellings(flag, text):
-        assert options_of(*words, "spool") == expected
-        assert options_of("spool", *words) == expected
+        assert options_of(*users, *words, "spool") == expected
+        assert options_of(*users, "spool", *words) == expected
 
 
 @pytest.mark.parametrize("flag", ["fail5xx", "once", "status"])
@@ -659,7 +660,7 @@ BAD_VALUES = {
     "rate": ["0/s", "-1/s", "5", "5/w", "5/s,", ",5/s", "5/s,,6/m", "5 / s", "1.5/s", "/s", "s", "١/s", "5/S"],
     "smtpaddr": [
         *["", ",", "a:1,", "a:0", "a:65536", "a:x", "a:", "a:1:2", "::1", "[::1", "[::1]x", "a b:25", "[a b]:1", "x/y"],
-        *["a..b:25", ".a", "x" * 64 + ".org"],
+        *["a..b:25", ".a", "x" * 64 + ".org", "-,a:25", "a:25, -"],
     ],
 }
 
@@ -668,6 +669,18 @@ BAD_VALUES = {
 def test_bad_values_are_refused_and_named(flag, value):
     with pytest.raises(spoolgore.UsageError, match=rf'^invalid value "[^"]*" for flag -{flag}: .'):
         options_of(f"-{flag}", value, "spool")
+
+
+@pytest.mark.parametrize("flag, other, user", [
+    ("smtppassword", "smtpmd5user", "smtpuser"),
+    ("smtpmd5password", "smtpuser", "smtpmd5user"),
+    ("smtppasswordcommand", "", "smtpuser"),
+])  # fmt: skip
+def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
+    with pytest.raises(spoolgore.UsageError) as problem:
+        options_of(f"-{flag}=s3cret", *([f"-{other}=me"] if other else []), "spool")
+    assert str(problem.value) == f'invalid value "..." for flag -{flag}: it needs -{user}'
+    assert getattr(options_of(f"-{flag}=s3cret", f"-{user}=me", "spool"), flag) == "s3cret"
 
 
 @pytest.mark.parametrize(
@@ -5274,7 +5287,7 @@ def test_login_where_plain_is_not_offered(spool, run, relay_with):
 def test_a_login_that_is_not_offered(scripted, flags, offered, text):
     relay = scripted(["8BITMIME", *offered])
     with pytest.raises(spoolgore.RelayError, match=re.escape(text)):
-        dial(relay.address, *flags, "-smtppassword", "s3cret")
+        dial(relay.address, *flags, environ=dict.fromkeys(("SPOOLGORE_SMTPPASSWORD", "SPOOLGORE_SMTPMD5PASSWORD"), "s"))
     assert [line[:4] for line in relay.connections.items[0].commands] == [b"ehlo"]
 
 
