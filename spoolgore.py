@@ -101,7 +101,6 @@ import socket
 import ssl
 import stat
 import struct
-import subprocess
 import sys
 import time
 from collections import deque
@@ -114,6 +113,7 @@ import gevent.event
 import gevent.lock
 import gevent.pool
 import gevent.socket
+from gevent import subprocess
 
 try:
     import fcntl
@@ -139,7 +139,7 @@ RECIPIENTS_PER_TRANSACTION = 100  # RFC 5321 4.5.3.1.8: every relay takes these
 ADDRESS_LIMIT = 254  # octets; RFC 5321 4.5.3.1.3 less the angle brackets
 HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
 CHUNK = 128 * 1024  # octets; a mail up to this size is held whole, a larger one streamed
-REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines
+REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
 FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
 ATTEND_SECONDS = 0.5  # how often connections are looked after: so much later may a time limit strike
 IDLE_SECONDS = 5  # then an unused connection is closed
@@ -1882,12 +1882,16 @@ def first_line_of(command, seconds):
     """The first line that a shell command prints. Raises RelayError; its output is never part of the text."""
     process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        output = process.communicate(timeout=seconds)[0]
-    except BaseException as error:  # it takes too long, or we are to stop
+        with gevent.Timeout(seconds, RelayError(f"the password command took longer than {seconds} s")):
+            output = process.stdout.read(REPLY_LIMIT + 1)
+            if len(output) > REPLY_LIMIT:
+                raise RelayError(f"the password command printed more than {REPLY_LIMIT} octets")
+            process.wait()
+    except BaseException:  # one of these, or we are to stop
         kill_all(process)
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise RelayError(f"the password command took longer than {seconds} s") from None
         raise
+    finally:
+        process.stdout.close()
     if process.returncode:
         raise RelayError(f"the password command failed with exit status {process.returncode}")
     if not (line := output.decode("utf-8", "surrogateescape").partition("\n")[0].rstrip("\r")):

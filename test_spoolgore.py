@@ -5369,6 +5369,8 @@ def test_a_token_that_has_run_out_is_asked_for_again(spool, start, scripted, tmp
         ("true", "the password command printed nothing"),
         ("echo; echo s3cret", "the password command printed nothing"),
         ("/no/such/command", "the password command failed with exit status 127"),
+        ("yes s3cret", "the password command printed more than 65536 octets"),
+        ("echo s3cret; head -c 65530 /dev/zero; sleep 600", "the password command printed more than 65536 octets"),
     ],
 )
 def test_a_password_command_that_is_no_help(command, text):
