@@ -2346,6 +2346,8 @@ class Turnstile:
         now, unended, lines = self.clock(), 0, []
         with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
             lines = file.readlines()
+        if self.rate.windows and any(line[-1] == "\n" and not turnstile_line(line) for line in lines):
+            log.error("lines of %s could not be read: -rate may not hold across this restart", self.path)
         for count, end in filter(None, map(turnstile_line, lines)):
             unended += count if end is None else -count
             if end:
@@ -2393,7 +2395,7 @@ def sync(file):
 
 
 def turnstile_line(line):
-    """(count, end) of a line; end is None for a begin; None for a line that a crash cut short."""
+    """(count, end) of a line; end is None for a begin; None for a line that is corrupt or that a crash cut short."""
     match = re.fullmatch(r"\+(\d+)\n|-(\d+) (\d+\.\d+)\n", line)
     if not match:
         return None

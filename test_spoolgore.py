@@ -2287,6 +2287,25 @@ def test_the_file_does_not_grow_for_ever(tmp_path):
     assert 10**8 - again.room() == pytest.approx(6000, abs=3)
 
 
+@pytest.mark.parametrize("text, said", [
+    ("+3\n-3 {now}\n", False),
+    ("+3\n-3 {now}\n+1", False),  # a crash cut it short
+    ("+3\n-3 {now}\nx\n\n", True),
+    ("\x00\xff\n+3\n-3 {now}\n", True),
+])  # fmt: skip
+def test_a_corrupt_rate_file_is_said_once_and_what_can_be_read_counts(tmp_path, caplog, text, said):
+    path = tmp_path / "rate"
+    path.write_bytes(text.format(now=f"{NOW:.6f}").encode("latin-1"))
+    spoolgore.Turnstile([], str(path), lambda: NOW).load()
+    assert not caplog.records  # without -rate it does not matter
+    for _ in range(2):  # the second time it has been written anew
+        turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
+        turnstile.load()
+        assert turnstile.room() == 7
+    wanted = f"lines of {path} could not be read: -rate may not hold across this restart"
+    assert [record.getMessage() for record in caplog.records] == [wanted] * said
+
+
 def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, caplog):
     path = tmp_path / "rate"
     os.mkdir(spoolgore.hidden(str(path), ".new"))
