@@ -3446,7 +3446,8 @@ def main(argv):
         options = parse_options(argv)
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
-        print(f"{error}\n{usage()}", file=sys.stderr)
+        again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away
+        print(f"{error}\n{usage()}{again}", file=sys.stderr)
         return EX_USAGE
     except Locked as error:
         return complain(str(error))

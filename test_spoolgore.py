@@ -717,6 +717,21 @@ def test_wrong_command_lines(spool, argv, status, words):
     assert names(spool) == [] and not (spool / ".spoolgore.lock").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_a_terminal_shows_the_error_last_too():
+    master, slave = os.openpty()
+    done = subprocess.Popen([sys.executable, str(SCRIPT), "-zzz"], stderr=slave)
+    os.close(slave)
+    text = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while more := os.read(master, 65536):
+            text += more
+    os.close(master)
+    lines = text.decode().splitlines()
+    assert done.wait(PATIENCE) == 2
+    assert lines[0] == lines[-1] == "flag provided but not defined: -zzz" and lines[1] == "Usage:"
+
+
 @pytest.mark.parametrize("words", [["-h"], ["--help"], ["-help", "spool"], ["--h"]])
 def test_help(words):
     done = spoolgore_run(*words)
