@@ -101,7 +101,6 @@ import socket
 import ssl
 import stat
 import struct
-import subprocess
 import sys
 import time
 from collections import deque
@@ -114,6 +113,7 @@ import gevent.event
 import gevent.lock
 import gevent.pool
 import gevent.socket
+from gevent import subprocess
 
 try:
     import fcntl
@@ -139,7 +139,7 @@ RECIPIENTS_PER_TRANSACTION = 100  # RFC 5321 4.5.3.1.8: every relay takes these
 ADDRESS_LIMIT = 254  # octets; RFC 5321 4.5.3.1.3 less the angle brackets
 HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
 CHUNK = 128 * 1024  # octets; a mail up to this size is held whole, a larger one streamed
-REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines
+REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
 FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
 ATTEND_SECONDS = 0.5  # how often connections are looked after: so much later may a time limit strike
 IDLE_SECONDS = 5  # then an unused connection is closed
@@ -153,6 +153,7 @@ SPARE_DESCRIPTORS = 30  # for the lock, the status, inotify, the interpreter
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
 UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go; a link may look like that
 SAVE_SECONDS = 1  # the least time between two writes of the status file
+NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
@@ -279,6 +280,8 @@ def parse_addresses_of_relays(text, default_port):
 
 def parse_relay(text, default_port):
     """An Address from ``host:port``, ``host``, ``:port`` or ``[IPv6]:port``."""
+    if text == "-":
+        raise bad_value("smtpaddr", text, '"-" stands alone')
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/,]*))(?::(\d{1,5}))?", text)
     if not match or not text:
         raise bad_value("smtpaddr", text, "not an address like host:port")
@@ -339,10 +342,18 @@ def check_words(found):
     """Texts that stay texts. Raises UsageError."""
     check_choice("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
     check_choice("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
-    if found["smtpauth"] and not (found["smtpuser"] or found["smtpmd5user"]):
-        raise bad_value("smtpauth", found["smtpauth"], "it needs -smtpuser")
+    check_user(found, "smtpauth", "smtpuser", "smtpmd5user")
+    check_user(found, "smtppasswordcommand", "smtpuser", "smtpmd5user")
+    check_user(found, "smtppassword", "smtpuser")
+    check_user(found, "smtpmd5password", "smtpmd5user")
     if not re.fullmatch(r"[!-~]*", found["helo"]):
         raise bad_value("helo", found["helo"], "not a host name")
+
+
+def check_user(found, name, *users):
+    if found[name] and not any(found[user] for user in users):
+        secret = "password" in name  # a command may hold one too
+        raise bad_value(name, "..." if secret else found[name], f"it needs -{users[0]}")
 
 
 def complain(text, status=EX_ERROR):
@@ -1205,11 +1216,13 @@ class Spool:
         return dict(filter(None, map(path_and_mtime, paths)))
 
     def owner(self):
-        """(pid, start time) of the process that has the lock, or None. Asks, and takes nothing. Raises OSError."""
+        """(pid, start time, whether suspended) of the process that has the lock, or None. Asks, and takes nothing.
+        Raises OSError."""
         try:
             with open(self.path(".spoolgore.lock"), "rb") as file:
-                pid, since = int_or_zero(file.read(32).decode("ascii", "replace").strip()), os.fstat(file.fileno())
-                return (pid, since.st_mtime) if pid and is_locked(file.fileno(), pid) else None
+                pid, _, word = file.read(32).decode("ascii", "replace").partition("\n")
+                since, pid = os.fstat(file.fileno()).st_mtime, int_or_zero(pid.strip())
+                return (pid, since, word == "suspended\n") if pid and is_locked(file.fileno(), pid) else None
         except FileNotFoundError:
             return None
 
@@ -1220,7 +1233,7 @@ class Spool:
             if fcntl:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            owner = os.read(handle, 32).decode("ascii", "replace").strip()
+            owner = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
             os.close(handle)
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
@@ -1235,6 +1248,15 @@ class Spool:
             return os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         except OSError as error:  # people know the directory, not the lock
             raise OSError(error.errno, error.strerror, self.directory) from None
+
+    def mark(self, suspended):
+        """Let owner() know, in a second line of the lock's file, whose time stays that of the start."""
+        pid, since = f"{os.getpid()}\n".encode(), os.fstat(self._lock).st_mtime_ns
+        with contextlib.suppress(OSError):  # a full disk: it is only not shown
+            os.ftruncate(self._lock, len(pid))
+            if suspended:
+                os.pwrite(self._lock, b"suspended\n", len(pid))
+            os.utime(self._lock, ns=(since, since))
 
     def still_locked(self):
         """Whether the lock is there: it may have been removed, or the directory with it."""
@@ -1867,12 +1889,16 @@ def first_line_of(command, seconds):
     """The first line that a shell command prints. Raises RelayError; its output is never part of the text."""
     process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
     try:
-        output = process.communicate(timeout=seconds)[0]
-    except BaseException as error:  # it takes too long, or we are to stop
+        with gevent.Timeout(seconds, RelayError(f"the password command took longer than {seconds} s")):
+            output = process.stdout.read(REPLY_LIMIT + 1)
+            if len(output) > REPLY_LIMIT:
+                raise RelayError(f"the password command printed more than {REPLY_LIMIT} octets")
+            process.wait()
+    except BaseException:  # one of these, or we are to stop
         kill_all(process)
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise RelayError(f"the password command took longer than {seconds} s") from None
         raise
+    finally:
+        process.stdout.close()
     if process.returncode:
         raise RelayError(f"the password command failed with exit status {process.returncode}")
     if not (line := output.decode("utf-8", "surrogateescape").partition("\n")[0].rstrip("\r")):
@@ -2329,6 +2355,8 @@ class Turnstile:
         now, unended, lines = self.clock(), 0, []
         with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
             lines = file.readlines()
+        if self.rate.windows and any(line[-1] == "\n" and not turnstile_line(line) for line in lines):
+            log.error("lines of %s could not be read: -rate may not hold across this restart", self.path)
         for count, end in filter(None, map(turnstile_line, lines)):
             unended += count if end is None else -count
             if end:
@@ -2376,7 +2404,7 @@ def sync(file):
 
 
 def turnstile_line(line):
-    """(count, end) of a line; end is None for a begin; None for a line that a crash cut short."""
+    """(count, end) of a line; end is None for a begin; None for a line that is corrupt or that a crash cut short."""
     match = re.fullmatch(r"\+(\d+)\n|-(\d+) (\d+\.\d+)\n", line)
     if not match:
         return None
@@ -2410,16 +2438,18 @@ class Line(NamedTuple):
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
 
 
-def lines_of(entries, files, now):
+def lines_of(entries, files, now, running=True):
     """A Line for each mail, due first: entries are (path, entry) pairs, files a dict from path to its mtime."""
-    known = {path: line_of(path, entry, files[path]) for path, entry in entries if path in files}
+    known = {path: line_of(path, entry, files[path], running) for path, entry in entries if path in files}
     new = [Line(now, "new", path, since, "", "", 0, "") for path, since in files.items() if path not in known]
     return sorted([*known.values(), *new])
 
 
-def line_of(path, envelope, since):
+def line_of(path, envelope, since, running=True):
     if problem := envelope_problem(envelope):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
+    if not running:
+        interrupted(envelope)
     everybody = recipients(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     failed = [] if left else [recipient for recipient in everybody if recipient["Error"]]
@@ -2457,8 +2487,12 @@ def ago(seconds):
 
 
 def daemon_line(owner, now):
-    """owner: the pid and start time of the daemon that has the spool, or None."""
-    return f"daemon: running, pid {owner[0]}, since {ago(now - owner[1])}" if owner else "daemon: not running"
+    """owner: the daemon that has the spool, as Spool.owner() says."""
+    if not owner:
+        return "daemon: not running"
+    pid, since, suspended = owner
+    state, hint = ("suspended", f"; kill -URG {pid} ends it") if suspended else ("running", "")
+    return f"daemon: {state}, pid {pid}, since {ago(now - since)}{hint}"
 
 
 def summary(lines, owner, now):
@@ -2480,7 +2514,8 @@ def table(lines, now):
     for line in lines:
         wait = "-" if line.due == math.inf else ago(line.due - now) if line.due > now else "now"
         name = line.path.rpartition("/.failed/")[2] if line.kind == "given up" else os.path.basename(line.path)
-        cells = (name, line.kind, ago(now - line.since), line.sender or "<>", line.recipient, str(line.attempts), wait)
+        sender = line.sender or ("" if line.kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
+        cells = (name, line.kind, ago(now - line.since), sender, line.recipient, str(line.attempts), wait)
         yield (*cells, line.error)
 
 
@@ -2506,7 +2541,7 @@ def report(options, stream, now):
     spool = Spool(options.directory, options.json)
     gc.disable()  # many small objects, and none of them garbage
     files, owner = spool.ages(), spool.owner()
-    lines = lines_of(read_status(spool.status_path), files, now)
+    lines = lines_of(read_status(spool.status_path), files, now, bool(owner))
     width = shutil.get_terminal_size().columns if stream.isatty() else 0
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
     if lines:
@@ -2523,9 +2558,9 @@ class Progress:
         self.interval = interval
         self.since = None  # (when, mails sent by then) of the last word, or of the start of the work
 
-    def line(self, now, waiting, in_flight, sent):
-        """The text to show, or an empty one."""
-        if not waiting + in_flight:
+    def line(self, now, waiting, in_flight, sent, turn=0):
+        """The text to show, or an empty one. turn: how long -rate holds back what is waiting."""
+        if not in_flight and (not waiting or turn >= NEAR_SECONDS):
             self.since = None
             return ""
         start, before = self.since = self.since or (now, sent)
@@ -2533,7 +2568,7 @@ class Progress:
             return ""
         self.since = (now, sent)
         speed = (sent - before) / (now - start)
-        left = (waiting + in_flight) / speed if speed else math.inf
+        left = (waiting + in_flight) / speed if speed and turn <= self.interval else math.inf
         return "" if left < 3 else progress_text(waiting, in_flight, sent, speed, left)
 
     def next_word(self):
@@ -2693,11 +2728,12 @@ class Spooler:
         return len(self.ahead) + len(self.fresh) + len(self.retries)
 
     def turn_is_near(self):
-        """Whether something is in line that goes within a minute."""
-        if not self.in_line():
-            return False
-        wait = self.turnstile.wait(self.need)
-        return wait is None or wait < 60
+        """Whether something is in line that goes soon."""
+        return bool(self.in_line()) and self.turn() < NEAR_SECONDS
+
+    def turn(self):
+        """Seconds until -rate lets the next in line go; 0 also when that depends on what is in flight."""
+        return (self.in_line() and self.turnstile.wait(self.need)) or 0
 
     def is_due_before(self, moment):
         return bool(self.times) and self.times[0][0] < moment
@@ -2714,15 +2750,23 @@ class Spooler:
             yield self.next_scan - now
         if self.times:
             yield self.times[0][0] - now
-        if self.in_line() and (turn := self.turnstile.wait(self.need)):
+        if turn := self.turn():
             yield turn
 
     def tell(self):
         """The log and the service manager hear how we are."""
-        counts = (self.in_line(), len(self.pool), self.sent)
-        if text := self.progress.line(self.clock(), *counts):
+        counts, turn = (self.in_line(), len(self.pool), self.sent), self.turn()
+        self.say_turn(turn)
+        if text := self.progress.line(self.clock(), *counts, turn):
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
+
+    def say_turn(self, turn):
+        """That -rate holds back everything for long, once until nothing is in line any more."""
+        if turn >= NEAR_SECONDS and "rate" not in self.said:
+            self.say("rate", f"rate limit: the next turn is in {ago(turn)}")
+        elif not self.in_line():
+            self.said.pop("rate", None)
 
     def condition(self):
         """One line for the service manager."""
@@ -2774,11 +2818,13 @@ class Spooler:
     def suspend(self):
         self.suspended = True
         self.status.freeze()
+        self.spool.mark(suspended=True)
         self.manager.tell("STATUS=suspended")
         log.info("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
 
     def resume(self):
         self.suspended = False
+        self.spool.mark(suspended=False)
         self.status.thaw()
         self.next_scan = 0.0
         self.relay.poke()
@@ -3459,7 +3505,8 @@ def main(argv):
             check_status_path(os.path.abspath(options.json))
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
-        print(f"{error}\n{usage()}", file=sys.stderr)
+        again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away
+        print(f"{error}\n{usage()}{again}", file=sys.stderr)
         return EX_USAGE
     except Locked as error:
         return complain(str(error))

@@ -596,10 +596,11 @@ def test_defaults():
 
 @pytest.mark.parametrize("flag, text, value", FLAG_VALUES)
 def test_every_flag_in_four_spellings_before_and_behind_the_directory(flag, text, value):
-    expected = options_of("spool")._replace(**{flag: value})
+    users = ["-smtpuser=me", "-smtpmd5user=me"] if "password" in flag else []
+    expected = options_of(*users, "spool")._replace(**{flag: value})
     for words in spellings(flag, text):
-        assert options_of(*words, "spool") == expected
-        assert options_of("spool", *words) == expected
+        assert options_of(*users, *words, "spool") == expected
+        assert options_of(*users, "spool", *words) == expected
 
 
 @pytest.mark.parametrize("flag", ["fail5xx", "once", "status"])
@@ -659,7 +660,7 @@ BAD_VALUES = {
     "rate": ["0/s", "-1/s", "5", "5/w", "5/s,", ",5/s", "5/s,,6/m", "5 / s", "1.5/s", "/s", "s", "١/s", "5/S"],
     "smtpaddr": [
         *["", ",", "a:1,", "a:0", "a:65536", "a:x", "a:", "a:1:2", "::1", "[::1", "[::1]x", "a b:25", "[a b]:1", "x/y"],
-        *["a..b:25", ".a", "x" * 64 + ".org"],
+        *["a..b:25", ".a", "x" * 64 + ".org", "-,a:25", "a:25, -"],
     ],
 }
 
@@ -668,6 +669,18 @@ BAD_VALUES = {
 def test_bad_values_are_refused_and_named(flag, value):
     with pytest.raises(spoolgore.UsageError, match=rf'^invalid value "[^"]*" for flag -{flag}: .'):
         options_of(f"-{flag}", value, "spool")
+
+
+@pytest.mark.parametrize("flag, other, user", [
+    ("smtppassword", "smtpmd5user", "smtpuser"),
+    ("smtpmd5password", "smtpuser", "smtpmd5user"),
+    ("smtppasswordcommand", "", "smtpuser"),
+])  # fmt: skip
+def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
+    with pytest.raises(spoolgore.UsageError) as problem:
+        options_of(f"-{flag}=s3cret", *([f"-{other}=me"] if other else []), "spool")
+    assert str(problem.value) == f'invalid value "..." for flag -{flag}: it needs -{user}'
+    assert getattr(options_of(f"-{flag}=s3cret", f"-{user}=me", "spool"), flag) == "s3cret"
 
 
 @pytest.mark.parametrize(
@@ -702,6 +715,21 @@ def test_wrong_command_lines(spool, argv, status, words):
         assert first.startswith(words)
         assert others[0] == "Usage:"
     assert names(spool) == [] and not (spool / ".spoolgore.lock").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_a_terminal_shows_the_error_last_too():
+    master, slave = os.openpty()
+    done = subprocess.Popen([sys.executable, str(SCRIPT), "-zzz"], stderr=slave)
+    os.close(slave)
+    text = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while more := os.read(master, 65536):
+            text += more
+    os.close(master)
+    lines = text.decode().splitlines()
+    assert done.wait(PATIENCE) == 2
+    assert lines[0] == lines[-1] == "flag provided but not defined: -zzz" and lines[1] == "Usage:"
 
 
 @pytest.mark.parametrize("words", [["-h"], ["--help"], ["-help", "spool"], ["--h"]])
@@ -2277,6 +2305,25 @@ def test_the_file_does_not_grow_for_ever(tmp_path):
     assert 10**8 - again.room() == pytest.approx(6000, abs=3)
 
 
+@pytest.mark.parametrize("text, said", [
+    ("+3\n-3 {now}\n", False),
+    ("+3\n-3 {now}\n+1", False),  # a crash cut it short
+    ("+3\n-3 {now}\nx\n\n", True),
+    ("\x00\xff\n+3\n-3 {now}\n", True),
+])  # fmt: skip
+def test_a_corrupt_rate_file_is_said_once_and_what_can_be_read_counts(tmp_path, caplog, text, said):
+    path = tmp_path / "rate"
+    path.write_bytes(text.format(now=f"{NOW:.6f}").encode("latin-1"))
+    spoolgore.Turnstile([], str(path), lambda: NOW).load()
+    assert not caplog.records  # without -rate it does not matter
+    for _ in range(2):  # the second time it has been written anew
+        turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
+        turnstile.load()
+        assert turnstile.room() == 7
+    wanted = f"lines of {path} could not be read: -rate may not hold across this restart"
+    assert [record.getMessage() for record in caplog.records] == [wanted] * said
+
+
 def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, caplog):
     path = tmp_path / "rate"
     os.mkdir(spoolgore.hidden(str(path), ".new"))
@@ -2292,11 +2339,6 @@ def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, cap
 
 
 # ------------------------------------------------------------------ report
-
-
-def lines_by_path(entries, now=NOW):
-    files = {path: now - 60 for path, _ in entries}
-    return {line.path: line for line in spoolgore.lines_of(entries, files, now)}
 
 
 @pytest.mark.parametrize(
@@ -2327,6 +2369,16 @@ def test_the_line_of_a_mail(entry, kind, due, recipient, attempts, error):
     assert line.sender == ("app@x.org" if not error.startswith("malformed") else "")
 
 
+@pytest.mark.parametrize("flying, kind", [
+    (addressee(status=1), "waiting"),
+    (addressee(status=1, error="451 before"), "deferred"),
+    (addressee(status=1, attempts=1), "deferred"),
+])  # fmt: skip
+def test_nothing_is_in_flight_without_a_daemon(flying, kind):
+    assert spoolgore.line_of("/spool/m1", envelope_to(flying), NOW).kind == "in flight"
+    assert spoolgore.line_of("/spool/m1", envelope_to(flying), NOW, running=False).kind == kind
+
+
 def test_lines_come_due_first_and_of_files_only():
     entries = [
         ("/spool/later", envelope_to(addressee(moment="2026-11-24T08:00:00Z"))),
@@ -2350,7 +2402,7 @@ def test_the_summary():
     entries += [("/spool/f", envelope_to(in_state("given up"))), ("/spool/u", envelope_to(Error="has no recipients"))]
     files = {path: NOW - 7200 if path == "/spool/m1" else NOW for path, _ in entries}
     lines = spoolgore.lines_of(entries, {**files, "/spool/new": NOW}, NOW)
-    text = list(spoolgore.summary(lines, (4711, NOW - 86400 * 3), NOW))
+    text = list(spoolgore.summary(lines, (4711, NOW - 86400 * 3, False), NOW))
     assert text[:4] == [
         "daemon: running, pid 4711, since 3d",
         "mails: 1 new, 0 waiting, 0 in flight, 3 deferred, 1 given up, 1 unusable",
@@ -2358,6 +2410,8 @@ def test_the_summary():
         f"error: 3 x {error}",
     ]
     assert sorted(text[4:]) == ["error: 1 x 550 before", "error: 1 x has no recipients"]
+    suspended = next(spoolgore.summary(lines, (4711, NOW - 86400 * 3, True), NOW))
+    assert suspended == "daemon: suspended, pid 4711, since 3d; kill -URG 4711 ends it"
     nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable"
     assert list(spoolgore.summary([], None, NOW)) == ["daemon: not running", nothing]
 
@@ -2368,9 +2422,11 @@ def test_the_table_and_its_columns():
         ("/spool/.failed/m2", {**envelope_to(in_state("given up")), "From": "Foo <foo@x.org>"}),
         ("/spool/m3", {**envelope_to(addressee()), "From": ""}),
     ]
-    lines = [line for _, line in sorted(lines_by_path(entries).items(), key=lambda item: item[1].due)]
+    files = {**{path: NOW - 60 for path, _ in entries}, "/spool/m4": NOW - 60}
+    lines = spoolgore.lines_of(entries, files, NOW)
     assert spoolgore.aligned(spoolgore.table(lines, NOW), 0) == [
         "FILE  STATE     AGE  SENDER     RECIPIENT  ATTEMPTS  NEXT IN  ERROR",
+        "m4    new       1m                         0         now",
         "m3    waiting   1m   <>         a@x.org    0         now",
         r"m1    deferred  1m   app@x.org  a@x.org    2         12m      451 a\r \x1b[31mred",
         "m2    given up  1m   foo@x.org  a@x.org    0         -        550 before",
@@ -2378,6 +2434,7 @@ def test_the_table_and_its_columns():
     narrow = spoolgore.aligned(spoolgore.table(lines, NOW), 23)
     assert narrow == [
         "FILE  STATE     AGE  SE",
+        "m4    new       1m",
         "m3    waiting   1m   <>",
         "m1    deferred  1m   ap",
         "m2    given up  1m   fo",
@@ -2413,6 +2470,20 @@ def test_progress_is_said_while_there_is_much_to_do(history):
     progress = spoolgore.Progress(10)
     for when, waiting, in_flight, sent, text in history:
         assert progress.line(NOW + when, waiting, in_flight, sent) == text
+
+
+@pytest.mark.parametrize("in_flight, turn, text", [
+    (1, 0, "9 waiting, 1 in flight, 20 sent, 2.0 mails/s, 5s left"),
+    (1, 9, "9 waiting, 1 in flight, 20 sent, 2.0 mails/s, 5s left"),
+    (1, 11, "9 waiting, 1 in flight, 20 sent, 2.0 mails/s"),
+    (0, 59, "9 waiting, 0 in flight, 20 sent, 2.0 mails/s"),
+    (0, 60, ""),  # that was said in a line of its own
+])  # fmt: skip
+def test_progress_promises_no_time_while_it_waits_for_a_turn(in_flight, turn, text):
+    progress = spoolgore.Progress(10)
+    progress.line(NOW, 29, 1, 0)
+    assert progress.line(NOW + 10, 9, in_flight, 20, turn) == text
+    assert (progress.next_word() == math.inf) == (not text)
 
 
 def test_when_progress_has_the_next_word():
@@ -3555,6 +3626,7 @@ def spooler_of(spool, status, *flags):
 ])  # fmt: skip
 def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
     spooler = spooler_of(spool, status)
+    spooler.spool.lock()
     for what in asked:
         spooler.ask(what)
     spooler.act_on_signals()
@@ -5330,7 +5402,7 @@ def test_login_where_plain_is_not_offered(spool, run, relay_with):
 def test_a_login_that_is_not_offered(scripted, flags, offered, text):
     relay = scripted(["8BITMIME", *offered])
     with pytest.raises(spoolgore.RelayError, match=re.escape(text)):
-        dial(relay.address, *flags, "-smtppassword", "s3cret")
+        dial(relay.address, *flags, environ=dict.fromkeys(("SPOOLGORE_SMTPPASSWORD", "SPOOLGORE_SMTPMD5PASSWORD"), "s"))
     assert [line[:4] for line in relay.connections.items[0].commands] == [b"ehlo"]
 
 
@@ -5412,6 +5484,8 @@ def test_a_token_that_has_run_out_is_asked_for_again(spool, start, scripted, tmp
         ("true", "the password command printed nothing"),
         ("echo; echo s3cret", "the password command printed nothing"),
         ("/no/such/command", "the password command failed with exit status 127"),
+        ("yes s3cret", "the password command printed more than 65536 octets"),
+        ("echo s3cret; head -c 65530 /dev/zero; sleep 600", "the password command printed more than 65536 octets"),
     ],
 )
 def test_a_password_command_that_is_no_help(command, text):
@@ -5823,14 +5897,21 @@ def test_the_rate_holds_across_kills(spool, start, timed):
     assert timed.most_in_a_window(1) <= 10
 
 
+def assert_turn_said_once(daemon):
+    (line,) = [line for line in daemon.lines if "rate" in line]
+    assert re.fullmatch("rate limit: the next turn is in (59m|1h)", line)
+
+
 def test_once_leaves_what_would_have_to_wait_for_more_than_a_minute(spool, run, timed):
     spool_numbered(spool, range(5))
     flags = ["-once", "-rate", "3/h,100/s", "-smtpaddr", timed.address]
     daemon = run(*flags)
     assert daemon.status_code == 75 and len(names(spool)) == 2
+    assert_turn_said_once(daemon)
     assert sorted(numbered(address) for _, address in timed.times.items) == [0, 1, 2]
     again = run(*flags)
     assert again.status_code == 75 and len(names(spool)) == 2 and len(timed.times.items) == 3
+    assert_turn_said_once(again)
     for name in names(spool):
         assert all(r["Attempts"] == 0 and r["Status"] == 0 for r in again.recipients(name).values())
 
@@ -5844,6 +5925,7 @@ def test_a_daemon_that_waits_for_its_turn_stops_at_once_and_takes_flush_for_no_r
     daemon.wait_for("spool directory flushed")
     put(spool, "late", mail("9@example.org"))
     assert daemon.stop() == 0
+    assert_turn_said_once(daemon)
     assert daemon.lines[-1] in ("stopped (2 messages in the queue)", "stopped (3 messages in the queue)")
     assert len(timed.times.items) == 2 and len(names(spool)) == 3
 
@@ -6218,13 +6300,14 @@ def test_status_of_every_kind_of_mail(spool):
     assert done.returncode == 1
     text, table = done.stdout.split("\n\n")
     assert "daemon: not running" in text
-    assert "1 new, 1 waiting, 1 in flight, 2 deferred, 1 given up, 1 unusable" in text
+    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 1 unusable" in text
     assert "error: 2 x 451 later" in text
     rows = {line.split()[0]: re.split(r"  +", line) for line in table.splitlines()[1:]}
     assert rows["deferred"][3:] == ["shop@example.org", "a@x.org +1", "3", "59m", "451 later"]
     assert rows["partly"][4:] == ["c@x.org", "1", "1m", "451 later"]
     assert rows["gone"][1] == "given up" and rows["gone"][-1] == "550 no such user"
     assert [name for name in rows if name in ("waiting", "partly", "deferred")] == ["waiting", "partly", "deferred"]
+    assert rows["flying"][1] == "waiting"  # no daemon runs
 
 
 def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
@@ -6236,6 +6319,42 @@ def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
     before = {path: path.stat().st_mtime_ns for path in spool.iterdir()}
     assert spoolgore_run("-status", spool).returncode == 1
     assert before == {path: path.stat().st_mtime_ns for path in spool.iterdir()}
+
+
+@pytest.mark.parametrize("end", ["SIGURG", "SIGHUP"])
+def test_status_knows_a_daemon_that_is_suspended(spool, start, scripted, run, end):
+    daemon = start("-smtpaddr", scripted().address)
+    pid, lock = daemon.process.pid, spool / ".spoolgore.lock"
+    os.utime(lock, (NOW, NOW))  # its time, that of the start, lasts
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended")
+    text = wait_until(lambda: "suspended" in (text := spoolgore_run("-status", spool).stdout) and text)
+    assert re.match(rf"daemon: suspended, pid {pid}, since \w+; kill -URG {pid} ends it\n", text)
+    assert run("-once").lines == [f"spool directory {spool} is in use by pid {pid}"]
+    daemon.send(end)
+    wait_until(lambda: lock.read_text() == f"{pid}\n")
+    assert spoolgore_run("-status", spool).stdout.startswith(f"daemon: running, pid {pid}, since ")
+    wait_until(lambda: lock.stat().st_mtime == NOW)
+    daemon.send("SIGTSTP")
+    wait_until(lambda: "suspended" in lock.read_text())
+    daemon.kill()
+    assert spoolgore_run("-status", spool).stdout.startswith("daemon: not running\n")
+    daemon = start("-smtpaddr", scripted().address)
+    assert lock.read_text() == f"{daemon.process.pid}\n"
+
+
+def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    spooler = spooler_of(spool, status)
+    spooler.spool.lock()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        spooler.suspend()
+    assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n"
+    spooler.resume()
+    assert not spooler.suspended
 
 
 def test_status_with_a_status_file_elsewhere(spool, tmp_path):
