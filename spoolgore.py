@@ -2119,14 +2119,16 @@ class Relay:
 
     def _attend(self):
         """End what takes too long, close what is idle for long; until there are no connections."""
-        while self.established:
-            gevent.sleep(ATTEND_SECONDS)
-            now = time.monotonic()
-            for connection in [connection for connection in self.in_use if connection.deadline < now]:
-                connection.expire()
-            while self.idle and self.idle[0].idle_for() >= IDLE_SECONDS:
-                self._discard(self.idle.pop(0))
-        self._attended = False
+        try:
+            while self.established:
+                gevent.sleep(ATTEND_SECONDS)
+                now = time.monotonic()
+                for connection in [connection for connection in self.in_use if connection.deadline < now]:
+                    connection.expire()
+                while self.idle and self.idle[0].idle_for() >= IDLE_SECONDS:
+                    self._discard(self.idle.pop(0))
+        finally:
+            self._attended = False
 
     # -- down and up
 

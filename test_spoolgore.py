@@ -4,6 +4,7 @@ The pure sections are tested as tables. Everything else starts the script as a u
 SMTP servers: aiosmtpd, Postfix, and where bytes or faults matter a relay that follows a script.
 """
 
+import asyncio
 import base64
 import contextlib
 import email
@@ -5328,6 +5329,20 @@ def test_a_handshake_that_does_not_come(spool, run, scripted):
     put(spool, "m1", mail())
     daemon = run("-once", "-timeout", 1, "-tls", "smtps", "-smtpaddr", relay.address)
     assert_relay_at_fault(daemon, "timed out")
+
+
+@pytest.mark.parametrize("context", ["tls_context", "ssl_context"])
+def test_silence_behind_the_handshake_has_its_time_limit(spool, run, relay_with, certificates, context):
+    async def never(server, session, envelope, address, options):
+        await asyncio.sleep(2 * PATIENCE)
+
+    relay = relay_with(**{context: certificates.server()})
+    relay.recorder.handle_MAIL = never
+    put(spool, "m1", mail("a@x.org"))
+    tls = "smtps" if context == "ssl_context" else "starttls"
+    daemon = run("-once", "-timeout", 1, "-tls", tls, "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Attempts"], recipient["Error"]) == (1, "timed out waiting for the relay's reply")
 
 
 # -- Postfix
