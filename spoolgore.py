@@ -633,7 +633,7 @@ def unusable(envelope, reason):
 
 def recipients(envelope):
     """Every recipient's dict, To, Cc and Bcc in turn."""
-    return [recipient for key in FIELDS for recipient in envelope.get(key) or ()]
+    return [*(envelope.get("To") or ()), *(envelope.get("Cc") or ()), *(envelope.get("Bcc") or ())]
 
 
 def state(recipient):
@@ -713,16 +713,18 @@ def envelope_problem(envelope):
     """What is wrong with an entry that was read from a file that people edit; empty when nothing is."""
     if not isinstance(envelope, dict):
         return "not an object"
-    if wrong := [key for key in FIELDS if not isinstance(envelope.get(key) or [], list)]:
-        return f"{wrong[0]} is not a list"
+    for key in FIELDS:
+        if not isinstance(envelope.get(key) or [], list):
+            return f"{key} is not a list"
     return next(filter(None, map(recipient_problem, recipients(envelope))), "")
 
 
 def recipient_problem(recipient):
     if not isinstance(recipient, dict):
         return "a recipient is not an object"
-    if wrong := [key for key, kind in RECIPIENT_KEYS.items() if not isinstance(recipient.get(key), kind)]:
-        return f"a recipient's {wrong[0]} is missing or of the wrong type"
+    for key, kind in RECIPIENT_KEYS.items():
+        if not isinstance(recipient.get(key), kind):
+            return f"a recipient's {key} is missing or of the wrong type"
     try:
         parse_time(recipient["NextAttempt"])
     except ValueError as error:
@@ -1206,7 +1208,8 @@ class Spool:
     def mails(self):
         """The paths of the regular files. Raises OSError."""
         with os.scandir(self.directory) as entries:
-            return [e.path for e in entries if self.is_mail_name(e.name) and e.is_file(follow_symlinks=False)]
+            files = [e.path for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False)]
+        return [path for path in files if path != self.status_path]
 
     def ages(self):
         """A dict from the path of each mail, and of each that was given up, to its mtime. Raises OSError."""
@@ -2447,17 +2450,21 @@ def lines_of(entries, files, now, running=True):
     return sorted([*known.values(), *new])
 
 
+def next_attempt_of(recipient):
+    return parse_time(recipient["NextAttempt"])
+
+
 def line_of(path, envelope, since, running=True):
     if problem := envelope_problem(envelope):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
-    if not running:
-        interrupted(envelope)
     everybody = recipients(envelope)
+    if not running and any(recipient["Status"] == 1 for recipient in everybody):
+        interrupted(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     failed = [] if left else [recipient for recipient in everybody if recipient["Error"]]
-    shown = min(left or failed, key=lambda r: parse_time(r["NextAttempt"]), default=None)
+    shown = min(left or failed, key=next_attempt_of, default=None)
     kind = kind_of(envelope, left, failed)
-    due = parse_time(shown["NextAttempt"]) if left else math.inf
+    due = next_attempt_of(shown) if left else math.inf
     error = str(envelope.get("Error") or (shown["Error"] if shown else ""))  # an edit may have made anything of it
     others = len(left or failed) - 1
     to = f"{shown['Address']}{f' +{others}' if others else ''}" if shown else ""
