@@ -642,8 +642,12 @@ def state(recipient):
     return IN_FLIGHT if recipient["Status"] == 1 else WAITING
 
 
+def next_attempt_of(recipient):
+    return parse_time(recipient["NextAttempt"])
+
+
 def is_due(recipient, now):
-    return recipient["Status"] == 0 and parse_time(recipient["NextAttempt"]) <= now
+    return recipient["Status"] == 0 and next_attempt_of(recipient) <= now
 
 
 def is_settled(envelope):
@@ -656,7 +660,7 @@ def has_failed(envelope):
 
 def next_attempt(envelope):
     """When the first waiting recipient is due, in seconds since 1970; 0 when none waits."""
-    times = [parse_time(r["NextAttempt"]) for r in recipients(envelope) if state(r) == WAITING]
+    times = [next_attempt_of(recipient) for recipient in recipients(envelope) if state(recipient) == WAITING]
     return min(times, default=0)
 
 
@@ -2450,10 +2454,6 @@ def lines_of(entries, files, now, running=True):
     return sorted([*known.values(), *new])
 
 
-def next_attempt_of(recipient):
-    return parse_time(recipient["NextAttempt"])
-
-
 def line_of(path, envelope, since, running=True):
     if problem := envelope_problem(envelope):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
@@ -2919,10 +2919,8 @@ class Spooler:
     @staticmethod
     def closed_at_birth(path):
         """A name that turns up is open in its writer's hands, unless it is another link to what was there before."""
-        with contextlib.suppress(OSError):
-            status = os.lstat(path)
-            return None if status.st_nlink > 1 or status.st_ctime_ns != status.st_mtime_ns else False
-        return None
+        status = look(path)
+        return None if not status or status.st_nlink > 1 or status.st_ctime_ns != status.st_mtime_ns else False
 
     def is_new(self, path):
         if path in self.busy or path in self.resting:
@@ -3349,10 +3347,8 @@ def read_message(mail):
 
 def age_key(path):
     """Sorts files by age, the oldest first."""
-    try:
-        return os.lstat(path).st_mtime_ns, path
-    except OSError:
-        return 0, path
+    status = look(path)
+    return status.st_mtime_ns if status else 0, path
 
 
 def put_back(batch, error):
@@ -3436,12 +3432,14 @@ def set_up_logging(stream):
 
 def raise_descriptor_limit():
     """Returns how many files may be open; infinity where that is not to be known."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
+    with contextlib.suppress(ImportError):
         import resource  # not on Windows
 
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        return math.inf if hard == resource.RLIM_INFINITY else hard
+        with contextlib.suppress(OSError, ValueError):  # not allowed: what we have must do
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return math.inf if soft == resource.RLIM_INFINITY else soft
     return math.inf
 
 
