@@ -369,8 +369,11 @@ class BadMessage(Exception):
     """The file is not a mail that can be sent; the text says why."""
 
 
-FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")  # RFC 5322 2.2, and 4.5's space before the colon
-FIELD_END = re.compile(rb"\n(?![ \t])")
+# These look in a header behind an LF. A field's name may have a space before its colon (RFC 5322 4.5), and a value has
+# no end in the middle of its line; a pattern that repeats its lines would take memory for each.
+NO_FIELD = re.compile(rb"\n(?![!-9;-~]+[ \t]*:|(?<!\A\n)[ \t])[^\n]*")
+ADDRESS_FIELD = re.compile(rb"\n(from|to|cc|bcc)[ \t]*:(.*?)(?=\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
+BCC = re.compile(rb"\nbcc[ \t]*:.*?(?=\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
 UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, and an open quotation ends the text
     r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|(?<![^\s,:;<>"()])((?=[^\s,:;<>"()@]+@)[^\s,:;<>"()]+)(?=\s*<)'
 )
@@ -412,32 +415,27 @@ def split_header(chunks):
     return header.rstrip(b"\n"), gap[1:] + body
 
 
-def header_fields(header):
-    """(lower-case name, whole field) for each field; a folded field is one.
+def address_fields(header):
+    """(lower-case name, value unfolded (RFC 5322 2.2.3), as text) of each From, To, Cc and Bcc.
 
     Raises BadMessage for a line that is no field, in the original's words.
     """
-    fields = FIELD_END.split(header) if header else []
-    return [(field_name(field), field) for field in fields]
-
-
-def field_name(field):
-    match = FIELD.match(field)
-    if not match:
-        line = field.split(b"\n")[0][:80].decode("utf-8", "replace")
+    if not header:
+        return []
+    if wrong := NO_FIELD.search(b"\n" + header):
+        line = wrong[0][1:81].decode("utf-8", "replace")
         raise BadMessage(f"malformed MIME header: missing colon: {json.dumps(line, ensure_ascii=False)}")
-    return match[1].lower()
+    return [(name.lower().decode(), field_text(value)) for name, value in ADDRESS_FIELD.findall(b"\n" + header)]
 
 
-def field_text(field):
-    """A field's value, unfolded (RFC 5322 2.2.3), as text."""
-    value = field.partition(b":")[2].replace(b"\n", b"")
-    return value.decode("utf-8", "surrogateescape").strip()
+def field_text(value):
+    return value.replace(b"\n", b"").decode("utf-8", "surrogateescape").strip()
 
 
-def without_bcc(fields):
+def without_bcc(header):
     """The header that is sent: every field as it is, but for Bcc."""
-    return b"".join(field + b"\n" for name, field in fields if name != b"bcc")
+    kept = BCC.sub(b"", b"\n" + header)[1:]
+    return kept and kept + b"\n"
 
 
 def parse_addresses(text):
@@ -458,12 +456,14 @@ def parse_addresses(text):
 
 def unique(addresses, seen):
     """Addresses that are not in seen yet; the domain's letter case makes no difference."""
-    return [address for address in addresses if not (address_key(address) in seen or seen.add(address_key(address)))]
-
-
-def address_key(address):
-    local, at, domain = address.rpartition("@")
-    return local + at + domain.lower()
+    first = []
+    for address in addresses:
+        local, at, domain = address.rpartition("@")
+        key = local + at + domain.lower()
+        if key not in seen:
+            seen.add(key)
+            first.append(address)
+    return first
 
 
 def address_problem(address):
@@ -502,17 +502,12 @@ class Message:
 
     def __init__(self, file, size):
         self.file, self._size = file, size
-        chunks = unix_lines(file.read, min(CHUNK, size + 1))
-        header, body = split_header(chunks)
-        fields = header_fields(header)
+        chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
+        header, rest = split_header(chunks)
+        fields = address_fields(header)
         self.from_field, self.sender = parse_sender(fields)
         self.recipients = parse_recipients(fields)
-        self.whole = self._render(fields, body, chunks) if size < CHUNK else None
-
-    @staticmethod
-    def _render(fields, body, chunks):
-        whole = (without_bcc(fields) + body + b"".join(chunks)).replace(b"\n", b"\r\n")
-        return whole if whole.endswith(b"\r\n") else whole + b"\r\n"
+        self.whole = None if size >= CHUNK else with_crlf(without_bcc(header) + rest)
 
     @property
     def size(self):
@@ -530,16 +525,29 @@ class Message:
         chunks = unix_lines(self.file.read)
         header, body = split_header(chunks)
         last = b""
-        for chunk in itertools.chain([without_bcc(header_fields(header)), body], chunks):
+        for chunk in itertools.chain([without_bcc(header), body], chunks):
             last = chunk or last
             yield chunk.replace(b"\n", b"\r\n")
         if not last.endswith(b"\n"):
             yield b"\r\n"
 
 
+def whole_text(file, size):
+    """A small file with LF line ends; size: its octets, as they were just now."""
+    text = file.read(size + 1)
+    while len(text) != size and (more := file.read(CHUNK)):  # it changes: what is sent must be whole all the same
+        text += more
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+
+def with_crlf(text):
+    """LF text as it is sent: CRLF line ends, one of them last."""
+    return (text if text.endswith(b"\n") else text + b"\n").replace(b"\n", b"\r\n")
+
+
 def parse_sender(fields):
     """The From field as it stands, and the address for MAIL: the first one, or the null sender."""
-    text = next((field_text(field) for name, field in fields if name == b"from"), "")
+    text = next((text for name, text in fields if name == "from"), "")
     sender = next(iter(parse_addresses(text)), "")
     if problem := sender and address_problem(sender):
         raise BadMessage(f'"From" header: {problem}: {json.dumps(sender[:80])}')
@@ -548,12 +556,11 @@ def parse_sender(fields):
 
 def parse_recipients(fields):
     """A dict of the addresses in To, Cc and Bcc; an address stands in the first of them only."""
-    seen = set()
-    return {key: unique(listed(fields, key.lower().encode()), seen) for key in ("To", "Cc", "Bcc")}
-
-
-def listed(fields, wanted):
-    return [address for name, field in fields if name == wanted for address in parse_addresses(field_text(field))]
+    found, seen = {"to": [], "cc": [], "bcc": []}, set()
+    for name, text in fields:
+        if name in found:
+            found[name] += parse_addresses(text)
+    return {key: unique(found[key.lower()], seen) for key in ("To", "Cc", "Bcc")}
 
 
 def dot_stuffed(chunks):
