@@ -587,6 +587,7 @@ MOVES = {
     (IN_FLIGHT, GIVEN_UP),  # the last attempt failed
     (GIVEN_UP, WAITING),  # its file was moved back from .failed
 }
+STATUS_NUMBERS = {WAITING: 0, IN_FLIGHT: 1, DELIVERED: 2, GIVEN_UP: 2}
 FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
@@ -658,12 +659,12 @@ def is_due(recipient, now):
     return recipient["Status"] == 0 and next_attempt_of(recipient) <= now
 
 
-def is_settled(envelope):
-    return all(recipient["Status"] == 2 for recipient in recipients(envelope))
-
-
-def has_failed(envelope):
-    return any(state(recipient) == GIVEN_UP for recipient in recipients(envelope))
+def state_of_all(envelope):
+    """WAITING while anybody is not settled; then GIVEN_UP if anybody was given up, else DELIVERED."""
+    states = {state(recipient) for recipient in recipients(envelope)}
+    if WAITING in states or IN_FLIGHT in states:
+        return WAITING
+    return GIVEN_UP if GIVEN_UP in states else DELIVERED
 
 
 def next_attempt(envelope):
@@ -676,7 +677,7 @@ def move(recipient, target, error=""):
     """Take a recipient to another state. Raises ValueError for a move that the state diagram has not."""
     if (state(recipient), target) not in MOVES:
         raise ValueError(f"{recipient['Address']} is {state(recipient)} and cannot become {target}")
-    recipient["Status"] = {WAITING: 0, IN_FLIGHT: 1, DELIVERED: 2, GIVEN_UP: 2}[target]
+    recipient["Status"] = STATUS_NUMBERS[target]
     recipient["Error"] = error
 
 
@@ -3000,7 +3001,7 @@ class Spooler:
             return
         envelope, asides = self.status.peek(path), itertools.takewhile(os.path.lexists, self.spool.failed_paths(path))
         aside = next((aside for aside in asides if aside not in self.status), None)
-        failed = not envelope_problem(envelope) and is_settled(envelope) and has_failed(envelope)
+        failed = not envelope_problem(envelope) and state_of_all(envelope) == GIVEN_UP
         if failed and aside and os.path.dirname(path) != self.spool.failed:
             self.status.rename(path, aside)
         elif not self.is_back(path):
@@ -3172,7 +3173,7 @@ class Spooler:
         """Every recipient that is due; then see what became of the mail."""
         forced, now = mail.path in self.forced, self.clock()
         self.forced.discard(mail.path)
-        due = deque(r for r in recipients(envelope) if is_due(r, now) or (forced and state(r) == WAITING))
+        due = deque([r for r in recipients(envelope) if is_due(r, now) or (forced and state(r) == WAITING)])
         try:
             self.transact_all(mail, message, envelope, due)
         except RelayDown:
@@ -3282,19 +3283,20 @@ class Spooler:
 
     def settle(self, mail, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
-        path = mail.path
-        if is_settled(envelope) and has_failed(envelope):
+        path, end = mail.path, state_of_all(envelope)
+        if end == GIVEN_UP:
             self.status.commit()  # which takes time: what the file and the entry are is looked at behind it
+            end = state_of_all(envelope)
         links = self.spool.links(mail)
         if not links:
             self.replaced(path)
-        elif not is_settled(envelope):
+        elif end == WAITING:
             self.status.commit_deliveries(path)
             if relay_down and self.relay.down:
                 self.held.append(path)
             else:
                 self.later(path, next_attempt(envelope))
-        elif has_failed(envelope):
+        elif end == GIVEN_UP:
             self.put_aside(mail, links)
         else:
             self.finish(mail, links)
