@@ -1477,6 +1477,8 @@ class Connection(smtplib.SMTP):
         self.buffer = b""
         self.broken = False
         self.uses = 0
+        self.pipelining = self.chunking = False  # what the relay offers
+        self.size_limit, self.mail_parameters = 0, ""
         self.born = self.used = time.monotonic()
 
     # -- opening
@@ -1508,6 +1510,14 @@ class Connection(smtplib.SMTP):
         if not 200 <= code < 300 and code != 421:
             code, text = self.helo()
         self._expect(Reply(code, readable(text)))
+        self.note_offers()
+
+    def note_offers(self):
+        """What the relay said to EHLO, as each transaction needs it."""
+        self.pipelining, self.chunking = self.has_extn("pipelining"), self.has_extn("chunking")
+        self.size_limit = int_or_zero(self.esmtp_features.get("size"))
+        size, body = " SIZE={}" if self.has_extn("size") else "", " BODY=8BITMIME" if self.has_extn("8bitmime") else ""
+        self.mail_parameters = f"{size}{body}"
 
     def _encrypt(self, security):
         with limited(self.seconds, "timed out in the TLS handshake"):
@@ -1563,13 +1573,17 @@ class Connection(smtplib.SMTP):
 
     def reply(self, seconds=None):
         """The next Reply, whole within the time limit. Raises RelayError, OSError."""
-        self._allow(seconds or self.seconds)
+        match = REPLY.match(self.buffer) or self._await_reply(seconds or self.seconds)
+        self.buffer = self.buffer[match.end() :]
+        return make_reply(match[2], match[0])
+
+    def _await_reply(self, seconds):
+        self._allow(seconds)
         while not (match := REPLY.match(self.buffer)):
             if len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer):
                 raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
             self.buffer += self._receive()
-        self.buffer = self.buffer[match.end() :]
-        return Reply(int(match[2]), readable(without_codes(match[0]) if match[1] else match[0][4:]))
+        return match
 
     def _receive(self):
         if not self.watched:
@@ -1625,16 +1639,16 @@ class Connection(smtplib.SMTP):
         self.close()
 
 
-def without_codes(lines):
-    """The text of a reply's lines."""
-    return b"\n".join(line[4:].rstrip(b"\r") for line in lines.split(b"\n"))
+@functools.lru_cache(maxsize=64)  # a relay says the same again and again
+def make_reply(code, lines):
+    return Reply(int(code), readable(b"\n".join(line[4:].rstrip(b"\r") for line in lines.split(b"\n"))))
 
 
 def readable(data):
     """A relay's bytes as text without control characters, but for the ends of lines."""
-    text = data.decode("utf-8", "replace")
+    text = data.decode("utf-8", "replace").strip()
     if text.isprintable():
-        return text.strip()
+        return text
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
 
 
@@ -1659,9 +1673,10 @@ class Transaction:
         self.lost = ""  # why the connection broke
         self.gone = False  # nobody is at its other end
         self.complete = False  # the relay may have the whole content
-        self.chunked = connection.has_extn("chunking") and message.whole is not None
-        self.pipelined = connection.has_extn("pipelining")
+        self.chunked = connection.chunking and message.whole is not None
+        self.pipelined = connection.pipelining
         self.carefully = carefully or connection.idle_for() > FRESH_SECONDS
+        self.ascii = sender.isascii() and "".join(addresses).isascii()
 
     def run(self):
         refusals = self._local_refusals()
@@ -1678,11 +1693,11 @@ class Transaction:
 
     def _local_refusals(self):
         """Outcomes for what this relay cannot take, known from what it offers."""
-        limit = int_or_zero(self.connection.esmtp_features.get("size"))
+        limit = self.connection.size_limit
         if self.message.size > limit > 0:
             text = f"552 5.3.4 not sent: {self.message.size} octets are over the relay's limit of {limit}"
             return dict.fromkeys(self.addresses, Outcome(Verdict.REFUSED, text))
-        if self.sender.isascii() and "".join(self.addresses).isascii():
+        if self.ascii:
             return {}
         problems = {address: self._unspeakable(address) for address in self.addresses}
         if problem := self._unspeakable(self.sender):
@@ -1715,15 +1730,11 @@ class Transaction:
             self._reset()
 
     def _envelope_commands(self):
-        sender, *wires = map(wire_address, [self.sender, *self.addresses])
-        mail = f"MAIL FROM:<{sender}>{self._mail_parameters(all(map(str.isascii, [sender, *wires])))}\r\n"
-        return [line.encode() for line in [mail, *(f"RCPT TO:<{wire}>\r\n" for wire in wires)]]
-
-    def _mail_parameters(self, ascii_only):
-        offered = self.connection.has_extn
-        size = f" SIZE={self.message.size}" if offered("size") else ""
-        body = " BODY=8BITMIME" if offered("8bitmime") else ""
-        return size + body + ("" if ascii_only else " SMTPUTF8")
+        addresses = [self.sender, *self.addresses]
+        sender, *wires = addresses if self.ascii else map(wire_address, addresses)
+        utf8 = "" if sender.isascii() and "".join(wires).isascii() else " SMTPUTF8"
+        mail = f"MAIL FROM:<{sender}>{self.connection.mail_parameters.format(self.message.size)}{utf8}\r\n"
+        return [mail.encode(), *[f"RCPT TO:<{wire}>\r\n".encode() for wire in wires]]
 
     def _opening(self):
         """What follows the last RCPT: DATA, or BDAT with the content."""
@@ -1761,7 +1772,8 @@ class Transaction:
 
     def _content(self):
         """Behind DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
-        if self.connection.broken or self._data_reply() is None or self._data_reply().code != 354:
+        data = self._data_reply()
+        if self.connection.broken or data is None or data.code != 354:
             return
         self._send_content()
         self.final = self.connection.reply(FINAL_REPLY_SECONDS)
