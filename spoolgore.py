@@ -2643,17 +2643,26 @@ class ServiceManager:
 
 
 class LogStream(logging.StreamHandler):
-    """Without a lock: one thread logs, and nothing in here lets another greenlet go."""
+    """Writes the lines of each turn of gevent's loop together. Without a lock: one thread logs, and nothing in here
+    lets another greenlet go."""
 
-    def handle(self, record):
-        self.emit(record)
+    def __init__(self, stream):
+        super().__init__(stream)
+        self.lines = []
 
     def emit(self, record):
-        try:
-            self.stream.write(self.format(record) + "\n")
-            self.stream.flush()
-        except (OSError, ValueError):  # full, or closed
-            self.handleError(record)
+        if not self.lines:
+            gevent.get_hub().loop.run_callback(self.flush)
+        self.lines.append(self.format(record) + "\n")
+
+    def flush(self):
+        text, self.lines = "".join(self.lines), []
+        with contextlib.suppress(OSError, ValueError):  # full, or closed
+            self.write(text)
+
+    def write(self, text):
+        self.stream.write(text)
+        self.stream.flush()
 
 
 class Terminal(LogStream):
@@ -2661,16 +2670,14 @@ class Terminal(LogStream):
 
     progress = ""
 
-    def emit(self, record):
-        self.stream.write("\r\x1b[K")
-        super().emit(record)
-        self.show(self.progress)
+    def write(self, text):
+        columns = shutil.get_terminal_size().columns
+        super().write(f"\r\x1b[K{text}{self.progress[: columns - 1]}")
 
     def show(self, text):
         """Redraw the progress line; an empty text removes it."""
         self.progress = text
-        self.stream.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
-        self.stream.flush()
+        self.flush()
 
 
 # ----------------------------------------------------------------- spooler
@@ -3426,6 +3433,7 @@ def set_up_streams():
 
 def empty_streams():
     """What cannot be written must not change the exit status (the library reference's note on SIGPIPE)."""
+    flush_log()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -3442,14 +3450,18 @@ class LogRecord(logging.LogRecord):
 
 
 def set_up_logging(stream):
-    handler = LogStream(stream)
-    handler.setFormatter(LogLine())
-    log.addHandler(handler)
     logging.setLogRecordFactory(LogRecord)
     log.setLevel(logging.INFO)
     logging._srcfile = None  # what the lines do not show is not looked up (logging's own advice on speed)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.raiseExceptions = False  # a closed stderr is no reason to stop
+    log_to(LogStream(stream))
+
+
+def log_to(handler):
+    """handler: the only one, and without a filter, so that the logger need not ask for either."""
+    handler.setFormatter(LogLine())
+    log.handlers[:] = [handler]
+    log.handle = handler.emit
 
 
 def raise_descriptor_limit():
@@ -3526,6 +3538,7 @@ def progress_on_terminal(spooler):
 
 def main(argv):
     """Returns the exit status."""
+    gevent.config.track_greenlet_tree = False  # nobody asks who started a greenlet
     set_up_streams()
     set_up_logging(sys.stderr)
     try:
