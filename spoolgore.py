@@ -88,6 +88,7 @@ import functools
 import gc
 import heapq
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -354,6 +355,11 @@ def check_user(found, name, *users):
     if found[name] and not any(found[user] for user in users):
         secret = "password" in name  # a command may hold one too
         raise bad_value(name, "..." if secret else found[name], f"it needs -{users[0]}")
+
+
+def flush_log():
+    for handler in log.handlers:
+        handler.flush()
 
 
 def complain(text, status=EX_ERROR):
@@ -1294,7 +1300,7 @@ class Spool:
         """
         if not stat.S_ISREG(seen.st_mode):
             raise NotAMail("not a regular file, ignored")
-        file = open(path, "rb", buffering=0, opener=open_carefully)
+        file = io.FileIO(path, opener=open_carefully)
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, closed):
             file.close()
@@ -1325,7 +1331,7 @@ class Spool:
             os.unlink(path)
 
     def failed_path(self, path):
-        return os.path.join(self.failed, os.path.basename(path))
+        return f"{self.failed}{os.sep}{path.rpartition(os.sep)[2]}"
 
     def failed_paths(self, path):
         """Where a mail may lie in .failed: under its own name, or one with a number."""
@@ -2844,6 +2850,7 @@ class Spooler:
 
     def ask_to_stop(self):
         if self.stopping:
+            flush_log()
             os._exit(EX_ERROR)
         self.stopping = True
         self.wake.set()
@@ -3529,8 +3536,7 @@ def serve(options):
 def progress_on_terminal(spooler):
     """Show the progress as a line that is redrawn, not as lines of the log."""
     terminal = Terminal(sys.stderr)
-    terminal.setFormatter(log.handlers[0].formatter)
-    log.handlers[:] = [terminal]
+    log_to(terminal)
     spooler.progress, spooler.show_progress = Progress(0.5), terminal.show
     yield
     terminal.show("")
@@ -3547,6 +3553,7 @@ def main(argv):
             check_status_path(os.path.abspath(options.json))
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
+        flush_log()
         again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away
         print(f"{error}\n{usage()}{again}", file=sys.stderr)
         return EX_USAGE
