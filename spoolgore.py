@@ -1156,11 +1156,7 @@ def lease_refused(handle):
     return False
 
 
-OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-
-
-def open_carefully(path, _flags):
-    return os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
+CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
 def is_being_written(handle, status, now, closed):
@@ -1300,12 +1296,12 @@ class Spool:
         """
         if not stat.S_ISREG(seen.st_mode):
             raise NotAMail("not a regular file, ignored")
-        file = io.FileIO(path, opener=open_carefully)
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, closed):
-            file.close()
+        handle = os.open(path, os.O_RDONLY | CAREFULLY)
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or is_being_written(handle, status, now, closed):
+            os.close(handle)
             raise NotYet
-        return Mail(path, file, status.st_size, status.st_nlink, identity(status))
+        return Mail(path, io.FileIO(handle), status.st_size, status.st_nlink, identity(status))
 
     def links(self, mail):
         """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
