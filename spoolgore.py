@@ -733,9 +733,13 @@ def envelope_problem(envelope):
     if not isinstance(envelope, dict):
         return "not an object"
     for key in FIELDS:
-        if not isinstance(envelope.get(key) or [], list):
+        some = envelope.get(key) or ()
+        if not isinstance(some, (list, tuple)):
             return f"{key} is not a list"
-    return next(filter(None, map(recipient_problem, recipients(envelope))), "")
+        for recipient in some:
+            if problem := recipient_problem(recipient):
+                return problem
+    return ""
 
 
 def recipient_problem(recipient):
@@ -2472,36 +2476,41 @@ KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
 
 def lines_of(entries, files, now, running=True):
     """A Line for each mail, due first: entries are (path, entry) pairs, files a dict from path to its mtime."""
-    known = {path: line_of(path, entry, files[path], running) for path, entry in entries if path in files}
-    new = [Line(now, "new", path, since, "", "", 0, "") for path, since in files.items() if path not in known]
-    return sorted([*known.values(), *new])
+    left = dict(files)
+    known = [line_of(path, entry, left.pop(path), running) for path, entry in entries if path in left]
+    return sorted(known + [Line(now, "new", path, since, "", "", 0, "") for path, since in left.items()])
 
 
 def line_of(path, envelope, since, running=True):
     if problem := envelope_problem(envelope):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
-    everybody = recipients(envelope)
-    if not running and any(recipient["Status"] == 1 for recipient in everybody):
+    if not running:
         interrupted(envelope)
+    everybody = recipients(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
-    failed = [] if left else [recipient for recipient in everybody if recipient["Error"]]
-    shown = min(left or failed, key=next_attempt_of, default=None)
-    kind = kind_of(envelope, left, failed)
-    due = next_attempt_of(shown) if left else math.inf
-    error = str(envelope.get("Error") or (shown["Error"] if shown else ""))  # an edit may have made anything of it
-    others = len(left or failed) - 1
-    to = f"{shown['Address']}{f' +{others}' if others else ''}" if shown else ""
-    return Line(due, kind, path, since, bare(envelope.get("From")), to, shown["Attempts"] if shown else 0, error)
+    concerned = left or [recipient for recipient in everybody if recipient["Error"]]
+    sender, error = bare(envelope.get("From")), str(envelope.get("Error") or "")  # an edit may have made anything of it
+    kind = "unusable" if error else kind_of(left, concerned)
+    if not concerned:
+        return Line(math.inf, kind, path, since, sender, "", 0, error)
+    due, shown = first_due(concerned)
+    to = shown["Address"] if len(concerned) == 1 else f"{shown['Address']} +{len(concerned) - 1}"
+    return Line(due if left else math.inf, kind, path, since, sender, to, shown["Attempts"], error or shown["Error"])
 
 
-def kind_of(envelope, left, failed):
-    if envelope.get("Error"):
-        return "unusable"
+def first_due(some):
+    """(when, recipient) of the one that is due first."""
+    first = some[0] if len(some) == 1 else min(some, key=next_attempt_of)
+    return next_attempt_of(first), first
+
+
+def kind_of(left, concerned):
+    """left: the recipients that are not settled; concerned: the same, or, when there is none, those given up."""
     if not left:
-        return "given up" if failed else "waiting"  # all delivered: only its file is still there
-    if any(recipient["Status"] == 1 for recipient in left):
+        return "given up" if concerned else "waiting"  # all delivered: only its file is still there
+    if [recipient for recipient in left if recipient["Status"] == 1]:
         return "in flight"
-    return "deferred" if any(recipient["Attempts"] or recipient["Error"] for recipient in left) else "waiting"
+    return "deferred" if [recipient for recipient in left if recipient["Attempts"] or recipient["Error"]] else "waiting"
 
 
 def bare(field):
@@ -2514,7 +2523,7 @@ def ago(seconds):
     """A duration in its largest unit: 45s, 12m, 3h, 2d."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= size:
-            return f"{seconds // size:.0f}{unit}"
+            return f"{int(seconds // size)}{unit}"
     return f"{max(0, seconds):.0f}s"
 
 
@@ -2545,7 +2554,7 @@ def table(lines, now):
     yield ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
     for line in lines:
         wait = "-" if line.due == math.inf else ago(line.due - now) if line.due > now else "now"
-        name = line.path.rpartition("/.failed/")[2] if line.kind == "given up" else os.path.basename(line.path)
+        name = line.path.rpartition(os.sep)[2]
         sender = line.sender or ("" if line.kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
         cells = (name, line.kind, ago(now - line.since), sender, line.recipient, str(line.attempts), wait)
         yield (*cells, line.error)
@@ -2555,8 +2564,8 @@ def aligned(rows, width):
     """Rows as lines with aligned columns, each cut to width if there is one; control characters are not shown."""
     rows = list(rows)
     widths = [min(40, max(map(len, column))) for column in zip(*rows)]
-    form = "  ".join(f"{{:{size}}}" for size in widths[:-1]) + "  {}"
-    return [one_line(form.format(*row))[: width or None].rstrip() for row in rows]
+    form = "  ".join(f"%-{size}s" for size in widths[:-1]) + "  %s"
+    return [one_line(form % row)[: width or None].rstrip() for row in rows]
 
 
 def one_line(text):
