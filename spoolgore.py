@@ -386,7 +386,8 @@ UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, an
 NO_DOMAIN = re.compile(r"@(?=\s*(?:[,;>]|\Z))")
 PLACEHOLDER = "\x7f"  # a domain that no relay is told of
 ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
-PLAIN = re.compile(rf"([A-Za-z0-9 ]*<)?({ATOM}(?:\.{ATOM})*@[\w-]+(?:\.[\w-]+)*)(?(1)>)", re.ASCII)
+PLAIN = re.compile(rf"{ATOM}(?:\.{ATOM})*@[\w-]+(?:\.[\w-]+)*", re.ASCII)
+PLAIN_MAILBOX = re.compile(rf"([A-Za-z0-9 ]*<)?({PLAIN.pattern})(?(1)>)", re.ASCII)
 QUOTED_LOCAL = re.compile(r'"(?:[^"\\<>\x00-\x1f\x7f]|\\[ -;=?-~])+"')
 PLAIN_LOCAL = re.compile(r'[^\s"(),:;<>@\[\\\]\x00-\x1f\x7f]+')
 DOMAIN = re.compile(r'[^\s"(),;<>@\\\x00-\x1f\x7f]+')
@@ -449,7 +450,7 @@ def parse_addresses(text):
 
     ``bob@x <alice@y>`` is alice: an unquoted address before an angle address is a display name.
     """
-    if plain := PLAIN.fullmatch(text):  # nearly all there are, and a twentieth of the time
+    if plain := PLAIN_MAILBOX.fullmatch(text):  # nearly all there are, and a twentieth of the time
         return [plain[2]]
     text = UNQUOTED_NAME.sub(lambda match: match[1] or f'"{match[2]}"', text)
     text = NO_DOMAIN.sub("@" + PLACEHOLDER, text)  # else email drops this recipient, and nobody hears of it
@@ -474,6 +475,8 @@ def unique(addresses, seen):
 
 def address_problem(address):
     """Why an address cannot be put into MAIL or RCPT (RFC 5321 4.1.2); empty when it can."""
+    if PLAIN.fullmatch(address) and len(address) <= ADDRESS_LIMIT:
+        return ""
     local, at, domain = address.rpartition("@") if "@" in address else (address, "", "")
     try:
         if len(address.encode()) > ADDRESS_LIMIT:
@@ -625,9 +628,9 @@ def new_envelope(message, now):
     """The entry of a mail that was not seen before; message is a Message, or None when it is not one."""
     moment = format_time(now)
     lists = message.recipients if message else dict.fromkeys(FIELDS, ())
-    envelope = {"From": message.from_field.encode("utf-8", "replace").decode() if message else ""}
-    envelope.update({key: [new_recipient(address, moment) for address in lists[key]] for key in FIELDS})
-    return {**envelope, "Attempts": 0, "Enqueued": moment}
+    sender = message.from_field.encode("utf-8", "replace").decode() if message else ""
+    everybody = {key: [new_recipient(address, moment) for address in lists[key]] for key in FIELDS}
+    return {"From": sender, **everybody, "Attempts": 0, "Enqueued": moment}
 
 
 def new_recipient(address, moment):
@@ -1674,7 +1677,8 @@ class Transaction:
     def __init__(self, connection, sender, addresses, message, carefully=False):
         self.connection, self.message = connection, message
         self.sender, self.addresses = sender, addresses
-        self.replies = []  # to MAIL, each RCPT, DATA or BDAT
+        self.replies = []  # to MAIL and each RCPT
+        self.opened = None  # the reply to DATA or BDAT
         self.final = None  # the reply to the content
         self.lost = ""  # why the connection broke
         self.gone = False  # nobody is at its other end
@@ -1751,7 +1755,7 @@ class Transaction:
     def _ask(self, commands):
         if self.pipelined:
             self.connection.send(b"".join(commands))
-            self.complete = self.chunked and len(self.replies) + len(commands) > len(self.addresses) + 1
+            self.complete = self.chunked and commands[-1].startswith(b"BDAT")
         for command in commands:
             if not self.pipelined:
                 self.connection.send(command)
@@ -1761,14 +1765,14 @@ class Transaction:
                 break
 
     def _read_reply(self):
-        last_of_chunked = self.chunked and len(self.replies) > len(self.addresses)
         # a relay may hold its replies to what came in one write until it has dealt with all of it
         reply = self.connection.reply(FINAL_REPLY_SECONDS if self.complete else None)
-        self.replies.append(reply)
         if reply.code == 421:
             self.lost, self.connection.broken = str(reply), True
-        if last_of_chunked:
-            self.final = reply
+        if len(self.replies) <= len(self.addresses):
+            self.replies.append(reply)
+        else:
+            self.opened, self.final = reply, reply if self.chunked else None
 
     def _accepted(self):
         """The addresses whose RCPT was accepted."""
@@ -1778,8 +1782,7 @@ class Transaction:
 
     def _content(self):
         """Behind DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
-        data = self._data_reply()
-        if self.connection.broken or data is None or data.code != 354:
+        if self.connection.broken or self.opened is None or self.opened.code != 354:
             return
         self._send_content()
         self.final = self.connection.reply(FINAL_REPLY_SECONDS)
@@ -1799,9 +1802,6 @@ class Transaction:
             raise
         self.complete = wanted
 
-    def _data_reply(self):
-        return self.replies[len(self.addresses) + 1] if len(self.replies) > len(self.addresses) + 1 else None
-
     def _reset(self):
         self.connection.send(b"RSET\r\n")
         self.connection.broken = not self.connection.reply().ok
@@ -1814,24 +1814,22 @@ class Transaction:
         return self.replies[0].code == 421 if self.replies else self.gone
 
     def _outcomes(self):
-        accepted = self._accepted()
-        return [self._outcome(number, bool(accepted)) for number in range(len(self.addresses))]
+        accepted, content = bool(self._accepted()), self._content_outcome()
+        return [self._outcome(number, accepted, content) for number in range(1, len(self.addresses) + 1)]
 
-    def _outcome(self, number, others_accepted):
-        mail = self.replies[0] if self.replies else None
-        rcpt = self.replies[number + 1] if len(self.replies) > number + 1 else None
-        if mail and not mail.ok:
-            return Outcome(mail.verdict, str(mail))
-        if rcpt and not rcpt.ok:
-            return Outcome(Verdict.AGAIN if others_accepted and too_many(rcpt) else rcpt.verdict, str(rcpt))
-        return self._content_outcome()
+    def _outcome(self, number, others_accepted, content):
+        """Of the recipient whose RCPT has this number: what MAIL, RCPT or the content met; the first refusal counts."""
+        for reply in (*self.replies[:1], *self.replies[number : number + 1]):
+            if not reply.ok:
+                verdict = Verdict.AGAIN if others_accepted and too_many(reply) else reply.verdict
+                return Outcome(verdict, str(reply))
+        return content
 
     def _content_outcome(self):
-        data = self._data_reply()
         if self.final and (self.complete or not self.final.ok):
             return Outcome(Verdict.DELIVERED if self.final.ok else self.final.verdict, str(self.final))
-        if data and data.code != 354:
-            return Outcome(data.verdict, str(data))
+        if self.opened and self.opened.code != 354:
+            return Outcome(self.opened.verdict, str(self.opened))
         maybe = " (no reply to the content: the mail may have arrived)" if self.complete else ""
         return Outcome(Verdict.DEFERRED, f"{self.lost or 'no reply'}{maybe}")
 
