@@ -1218,20 +1218,19 @@ class Spool:
     def path(self, name):
         return os.path.join(self.directory, name)
 
-    def is_mail_name(self, name):
-        return not name.startswith(".") and self.path(name) != self.status_path
+    def named(self, names):
+        """The paths of those names that a mail may have."""
+        prefix = os.path.join(self.directory, "")
+        return [path for name in names if name and name[0] != "." and (path := prefix + name) != self.status_path]
 
     def list(self):
         """The paths of the files and sub-directories. Raises OSError."""
-        prefix = os.path.join(self.directory, "")
-        paths = [prefix + name for name in os.listdir(self.directory) if name[0] != "."]
-        return [path for path in paths if path != self.status_path]
+        return self.named(os.listdir(self.directory))
 
     def mails(self):
         """The paths of the regular files. Raises OSError."""
         with os.scandir(self.directory) as entries:
-            files = [e.path for e in entries if e.name[0] != "." and e.is_file(follow_symlinks=False)]
-        return [path for path in files if path != self.status_path]
+            return self.named([entry.name for entry in entries if entry.is_file(follow_symlinks=False)])
 
     def ages(self):
         """A dict from the path of each mail, and of each that was given up, to its mtime. Raises OSError."""
@@ -1323,7 +1322,7 @@ class Spool:
         if links == 1:
             return [mail.path]
         with os.scandir(self.directory) as entries:
-            same = [e.path for e in entries if e.inode() == mail.identity[1] and self.is_mail_name(e.name)]
+            same = self.named([entry.name for entry in entries if entry.inode() == mail.identity[1]])
         return [path for path in same if self.links(mail._replace(path=path))]
 
     def remove(self, mail, links):
@@ -2949,7 +2948,7 @@ class Spooler:
         if mask & (watch.OVERFLOW | watch.DELETE_SELF | watch.MOVE_SELF | watch.IGNORED | watch.ATTRIB):
             self.next_scan = 0.0
             self.closed.clear()
-        elif self.spool.is_mail_name(name):
+        elif self.spool.named([name]):
             self.closed[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.closed_at_birth(path)
             if self.is_new(path) or (self.closed[path] and path in self.resting and path not in self.status):
                 self.enqueue(path, self.fresh)
