@@ -609,7 +609,7 @@ def format_time(seconds):
 
 def parse_time(text):
     """Seconds since 1970 from RFC 3339 text; Go's zero time is far in the past. Raises ValueError."""
-    if text[10:11] == "T" and text[26:] == "Z":  # nearly all, since format_time() made them
+    if text[26:] == "Z" and text[7] + text[10] + text[19] == "-T.":  # nearly all, since format_time() made them
         return datetime.fromisoformat(f"{text[:26]}+00:00").timestamp()
     match = TIME.fullmatch(text)
     if not match:
