@@ -357,11 +357,6 @@ def check_user(found, name, *users):
         raise bad_value(name, "..." if secret else found[name], f"it needs -{users[0]}")
 
 
-def flush_log():
-    for handler in log.handlers:
-        handler.flush()
-
-
 def complain(text, status=EX_ERROR):
     """Log one line; returns the exit status that goes with it."""
     log.error(text)
@@ -2651,26 +2646,14 @@ class ServiceManager:
 
 
 class LogStream(logging.StreamHandler):
-    """Writes the lines of each turn of gevent's loop together. Without a lock: one thread logs, and nothing in here
-    lets another greenlet go."""
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.lines = []
+    """Without a lock: one thread logs, and nothing in here lets another greenlet go."""
 
     def emit(self, record):
-        if not self.lines:
-            gevent.get_hub().loop.run_callback(self.flush)
-        self.lines.append(self.format(record) + "\n")
-
-    def flush(self):
-        text, self.lines = "".join(self.lines), []
-        with contextlib.suppress(OSError, ValueError):  # full, or closed
-            self.write(text)
-
-    def write(self, text):
-        self.stream.write(text)
-        self.stream.flush()
+        try:
+            self.stream.write(self.format(record) + "\n")
+            self.stream.flush()
+        except (OSError, ValueError):  # full, or closed
+            self.handleError(record)
 
 
 class Terminal(LogStream):
@@ -2678,14 +2661,16 @@ class Terminal(LogStream):
 
     progress = ""
 
-    def write(self, text):
-        columns = shutil.get_terminal_size().columns
-        super().write(f"\r\x1b[K{text}{self.progress[: columns - 1]}")
+    def emit(self, record):
+        self.stream.write("\r\x1b[K")
+        super().emit(record)
+        self.show(self.progress)
 
     def show(self, text):
         """Redraw the progress line; an empty text removes it."""
         self.progress = text
-        self.flush()
+        self.stream.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
+        self.stream.flush()
 
 
 # ----------------------------------------------------------------- spooler
@@ -2852,7 +2837,6 @@ class Spooler:
 
     def ask_to_stop(self):
         if self.stopping:
-            flush_log()
             os._exit(EX_ERROR)
         self.stopping = True
         self.wake.set()
@@ -3442,7 +3426,6 @@ def set_up_streams():
 
 def empty_streams():
     """What cannot be written must not change the exit status (the library reference's note on SIGPIPE)."""
-    flush_log()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -3463,6 +3446,7 @@ def set_up_logging(stream):
     log.setLevel(logging.INFO)
     logging._srcfile = None  # what the lines do not show is not looked up (logging's own advice on speed)
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging.raiseExceptions = False  # a closed stderr is no reason to stop
     log_to(LogStream(stream))
 
 
@@ -3555,7 +3539,6 @@ def main(argv):
             check_status_path(os.path.abspath(options.json))
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
-        flush_log()
         again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away
         print(f"{error}\n{usage()}{again}", file=sys.stderr)
         return EX_USAGE

@@ -14,7 +14,6 @@ import functools
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import random
@@ -3753,35 +3752,6 @@ def test_the_standard_streams_stop_nothing(spool, relay, streams):
     done = subprocess.run([*command, relay.address, str(spool)], stderr=write_end, env={**os.environ, **AS_A_USER})
     os.close(write_end)
     assert done.returncode == 0 and len(relay.mails) == 1 and names(spool) == []
-
-
-class Writes(io.StringIO):
-    """A stream that remembers each write."""
-
-    def __init__(self):
-        super().__init__()
-        self.texts = []
-
-    def write(self, text):
-        self.texts.append(text)
-        return len(text)
-
-
-def test_the_lines_of_one_turn_of_the_loop_are_one_write():
-    stream = Writes()
-    handler = spoolgore.LogStream(stream)
-    for turn in ("first", "second"):
-        for number in range(3):
-            handler.emit(logging.makeLogRecord({"msg": "%s %d", "args": (turn, number)}))
-        assert turn not in "".join(stream.texts)
-        gevent.sleep(0)
-    assert stream.texts == [f"{turn} 0\n{turn} 1\n{turn} 2\n" for turn in ("first", "second")]
-
-
-def test_what_was_logged_is_written_when_the_process_ends_without_another_turn():
-    code = "import sys, spoolgore as s; s.set_up_streams(); s.set_up_logging(sys.stderr); s.log.error('last words')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent)
-    assert done.returncode == 0 and done.stderr.endswith(" last words\n")
 
 
 def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, start):
