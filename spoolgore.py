@@ -370,8 +370,8 @@ class BadMessage(Exception):
     """The file is not a mail that can be sent; the text says why."""
 
 
-# These look in a header behind an LF. A field's name may have a space before its colon (RFC 5322 4.5), and a value has
-# no end in the middle of its line; a pattern that repeats its lines would take memory for each.
+# These look in a header with an LF before it. A field's name may have a space before its colon (RFC 5322 4.5). A value
+# goes on to the next LF without a blank behind it, found by .*? since a group for each folded line takes memory for it.
 NO_FIELD = re.compile(rb"\n(?![!-9;-~]+[ \t]*:|(?<!\A\n)[ \t])[^\n]*")
 ADDRESS_FIELD = re.compile(rb"\n(from|to|cc|bcc)[ \t]*:(.*?)(?=\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
 BCC = re.compile(rb"\nbcc[ \t]*:.*?(?=\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
@@ -418,7 +418,7 @@ def split_header(chunks):
 
 
 def address_fields(header):
-    """(lower-case name, value unfolded (RFC 5322 2.2.3), as text) of each From, To, Cc and Bcc.
+    """(lower-case name, value) of each From, To, Cc and Bcc.
 
     Raises BadMessage for a line that is no field, in the original's words.
     """
@@ -427,10 +427,12 @@ def address_fields(header):
     if wrong := NO_FIELD.search(b"\n" + header):
         line = wrong[0][1:81].decode("utf-8", "replace")
         raise BadMessage(f"malformed MIME header: missing colon: {json.dumps(line, ensure_ascii=False)}")
-    return [(name.lower().decode(), field_text(value)) for name, value in ADDRESS_FIELD.findall(b"\n" + header)]
+    found = ADDRESS_FIELD.finditer(b"\n" + header)
+    return [(match[1].lower().decode(), unfolded(match[2])) for match in found]
 
 
-def field_text(value):
+def unfolded(value):
+    """A field's value (RFC 5322 2.2.3), as text."""
     return value.replace(b"\n", b"").decode("utf-8", "surrogateescape").strip()
 
 
@@ -470,7 +472,7 @@ def unique(addresses, seen):
 
 def address_problem(address):
     """Why an address cannot be put into MAIL or RCPT (RFC 5321 4.1.2); empty when it can."""
-    if PLAIN.fullmatch(address) and len(address) <= ADDRESS_LIMIT:
+    if len(address) <= ADDRESS_LIMIT and PLAIN.fullmatch(address):
         return ""
     local, at, domain = address.rpartition("@") if "@" in address else (address, "", "")
     try:
@@ -1158,7 +1160,11 @@ def lease_refused(handle):
     return False
 
 
-CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+
+
+def open_carefully(path, _flags):
+    return os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
 
 
 def is_being_written(handle, status, now, closed):
@@ -1297,12 +1303,12 @@ class Spool:
         """
         if not stat.S_ISREG(seen.st_mode):
             raise NotAMail("not a regular file, ignored")
-        handle = os.open(path, os.O_RDONLY | CAREFULLY)
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or is_being_written(handle, status, now, closed):
-            os.close(handle)
+        file = io.FileIO(path, opener=open_carefully)
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, closed):
+            file.close()
             raise NotYet
-        return Mail(path, io.FileIO(handle), status.st_size, status.st_nlink, identity(status))
+        return Mail(path, file, status.st_size, status.st_nlink, identity(status))
 
     def links(self, mail):
         """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
@@ -1481,7 +1487,7 @@ class Connection(smtplib.SMTP):
         self.broken = False
         self.uses = 0
         self.pipelining = self.chunking = False  # what the relay offers
-        self.size_limit, self.mail_parameters = 0, ""
+        self.size_limit, self.mail_parameters = 0, ""  # the latter with a place for the mail's size
         self.born = self.used = time.monotonic()
 
     # -- opening
@@ -1814,7 +1820,7 @@ class Transaction:
     def _outcome(self, number, others_accepted, content):
         """Of the recipient whose RCPT has this number: what MAIL, RCPT or the content met; the first refusal counts."""
         for reply in (*self.replies[:1], *self.replies[number : number + 1]):
-            if not reply.ok:
+            if not reply.ok:  # if that is MAIL's, no RCPT was accepted
                 verdict = Verdict.AGAIN if others_accepted and too_many(reply) else reply.verdict
                 return Outcome(verdict, str(reply))
         return content
