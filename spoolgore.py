@@ -878,8 +878,9 @@ class Status:
     An entry is a dict while its mail is in flight and packed while it rests.
     """
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, path, at_home=iter):
+        """at_home: what makes (path, entry) pairs of the file fit for this spool, Spool.at_home."""
+        self.path, self.at_home = path, at_home
         self.entries = {}
         self.thawed = gevent.event.Event()  # clear while suspended: nothing is written
         self.thawed.set()
@@ -948,7 +949,8 @@ class Status:
     def load(self):
         """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
         killed = "the daemon was killed in mid-transaction: the mail may have arrived"
-        self.entries = {path: arrived(path, envelope, killed) for path, envelope in read_status(self.path)}
+        found = self.at_home(read_status(self.path))
+        self.entries = {path: arrived(path, envelope, killed) for path, envelope in found}
 
     def reload(self):
         """Read the file again: it is the truth, but for what happened since it was written.
@@ -956,7 +958,8 @@ class Status:
         Entries that are not in the file stay, as in the original. Raises CorruptStatus, OSError and changes nothing.
         """
         with self._writing:  # what a write took with it is in the file then, or in since_save again
-            entries = {path: arrived(path, envelope) for path, envelope in read_status(self.path)}
+            found = self.at_home(read_status(self.path))
+            entries = {path: arrived(path, envelope) for path, envelope in found}
         for path, packed in entries.items():
             self._reload_entry(path, packed)
         self.changed()
@@ -1218,6 +1221,26 @@ class Spool:
 
     def path(self, name):
         return os.path.join(self.directory, name)
+
+    def at_home(self, entries):
+        """(path, entry) pairs of a status file with paths as this spool has them: the directory may have been moved,
+        or be reached by another name than before, and nobody should get a mail twice for it."""
+        prefix, places = self.path(""), {}
+        for path, entry in entries:
+            if not path.startswith(prefix):
+                parent, name = os.path.split(path)
+                if parent not in places:
+                    places[parent] = self._place(parent)
+                path = os.path.join(places[parent], name)
+            yield path, entry
+
+    def _place(self, parent):
+        """Where the files are now of which a status file says that they are in parent."""
+        is_failed = os.path.basename(parent) == ".failed"
+        spool = os.path.dirname(parent) if is_failed else parent
+        if os.path.lexists(spool) and os.path.realpath(spool) != os.path.realpath(self.directory):
+            return parent
+        return self.failed if is_failed else self.directory
 
     def named(self, names):
         """The paths of those names that a mail may have."""
@@ -2580,7 +2603,7 @@ def report(options, stream, now):
     spool = Spool(options.directory, options.json)
     gc.disable()  # many small objects, and none of them garbage
     files, owner = spool.ages(), spool.owner()
-    lines = lines_of(read_status(spool.status_path), files, now, bool(owner))
+    lines = lines_of(spool.at_home(read_status(spool.status_path)), files, now, bool(owner))
     width = shutil.get_terminal_size().columns if stream.isatty() else 0
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
     if lines:
@@ -3509,7 +3532,7 @@ def serve(options):
     """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
     options = options._replace(concurrency=affordable(options.concurrency, raise_descriptor_limit()))
     spool = Spool(options.directory, options.json)
-    status = Status(spool.status_path)
+    status = Status(spool.status_path, spool.at_home)
     turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
     spooler = Spooler(options, spool, status, turnstile)
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_is_up)

@@ -3673,6 +3673,29 @@ def test_a_second_signal_ends_it_at_once(spool, scripted, start, pulse):
     assert relay.wait_for(1)[0].recipients == ["a@x.org"]
 
 
+@pytest.mark.parametrize("change", ["moved", "another name"])
+def test_a_spool_by_another_path_keeps_its_status(spool, tmp_path, scripted, run, change):
+    relay, other = scripted(), tmp_path / "elsewhere"
+    replies = {b"later": b"451 4.7.1 later\r\n", b"never": b"550 5.1.1 no\r\n"}
+    relay.replies = {"RCPT": lambda line: replies.get(line.partition(b"<")[2].partition(b"@")[0])}
+    put(spool, "m1", mail("a@x.org, later@x.org"))
+    put(spool, "m2", mail("never@x.org, later@x.org"))
+    put(spool, "m3", mail("never@x.org"))
+    assert run("-once", "-fail5xx", "-smtpaddr", relay.address).status_code == 75
+    if change == "moved":
+        spool.rename(other)
+    else:
+        other.symlink_to(spool)
+    before = asked_for(relay)
+    shown = spoolgore_run("-status", other)
+    assert "mails: 0 new, 0 waiting, 0 in flight, 2 deferred, 1 given up, 0 unusable" in shown.stdout
+    daemon = run("-once", "-smtpaddr", relay.address, directory=other)
+    assert asked_for(relay) == before and daemon.status_code == 75
+    entries = json.loads((other / ".spoolgore.js").read_text())
+    assert sorted(entries) == [f"{other}/.failed/m3", f"{other}/m1", f"{other}/m2"]
+    assert [person["Status"] for person in entries[f"{other}/m1"]["To"]] == [2, 0]
+
+
 def test_what_is_in_flight_for_too_long_at_the_end_waits_again(spool, scripted, start):
     relay, gate = scripted(), Gate()
     relay.replies = {"MAIL": gate}
