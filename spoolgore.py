@@ -155,6 +155,7 @@ QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
 UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go; a link may look like that
 SAVE_SECONDS = 1  # the least time between two writes of the status file
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
+SPEED_SECONDS = 10  # mails a second are those of this time
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
@@ -2608,7 +2609,7 @@ def report(options, stream, now):
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
     if lines:
         text += ["", *aligned(table(lines, now), width)]
-    stream.write("\n".join(text).encode("utf-8", "backslashreplace").decode() + "\n")
+    stream.write("\n".join(text) + "\n")
     healthy = owner and not any(line.kind == "given up" for line in lines)
     return EX_OK if healthy else EX_ERROR
 
@@ -2618,24 +2619,28 @@ class Progress:
 
     def __init__(self, interval):
         self.interval = interval
-        self.since = None  # (when, mails sent by then) of the last word, or of the start of the work
+        self.past = deque()  # (when, mails sent by then) of the last words, ten seconds of them, or of the work's start
 
     def line(self, now, waiting, in_flight, sent, turn=0):
         """The text to show, or an empty one. turn: how long -rate holds back what is waiting."""
         if not in_flight and (not waiting or turn >= NEAR_SECONDS):
-            self.since = None
+            self.past.clear()
             return ""
-        start, before = self.since = self.since or (now, sent)
-        if now - start < self.interval:
+        if not self.past:
+            self.past.append((now, sent))
+        if now < self.next_word():
             return ""
-        self.since = (now, sent)
+        while len(self.past) > 1 and now - self.past[0][0] > SPEED_SECONDS:
+            self.past.popleft()
+        start, before = self.past[0]
+        self.past.append((now, sent))
         speed = (sent - before) / (now - start)
         left = (waiting + in_flight) / speed if speed and turn <= self.interval else math.inf
         return "" if left < 3 else progress_text(waiting, in_flight, sent, speed, left)
 
     def next_word(self):
         """When line() has something to say at the earliest; infinity when there is no work."""
-        return self.since[0] + self.interval if self.since else math.inf
+        return self.past[-1][0] + self.interval if self.past else math.inf
 
 
 def progress_text(waiting, in_flight, sent, speed, left):

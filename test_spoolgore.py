@@ -2490,6 +2490,15 @@ def test_progress_promises_no_time_while_it_waits_for_a_turn(in_flight, turn, te
     assert (progress.next_word() == math.inf) == (not text)
 
 
+def test_the_speed_is_that_of_ten_seconds_however_often_it_is_said():
+    progress = spoolgore.Progress(0.5)
+    words = [progress.line(NOW + step / 2, 3000, 100, 100 * (step // 2)) for step in range(60)]  # 100 once a second
+    speeds = [float(re.search(r"([\d.]+) mails/s", text)[1]) for text in words[10:]]
+    assert min(speeds) > 85 and max(speeds) < 115
+    later = [progress.line(NOW + 30 + step / 2, 3000, 100, 2900) for step in range(30)]
+    assert "0.0 mails/s" in later[-1] and "left" not in later[-1]
+
+
 def test_when_progress_has_the_next_word():
     progress = spoolgore.Progress(10)
     assert progress.next_word() == math.inf
