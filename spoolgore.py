@@ -2292,6 +2292,8 @@ class Printer:
 def make_relay(options, environ, stream, on_up):
     """The relay that the command line asks for. Raises UsageError."""
     if not options.smtpaddr:
+        if stream.name == os.devnull:  # ours, in its place: see set_up_streams
+            raise bad_value("smtpaddr", "-", "standard output is closed")
         return Printer(stream)
     security = Security(options, environ)
 
@@ -2500,7 +2502,14 @@ def lines_of(entries, files, now, running=True):
     """A Line for each mail, due first: entries are (path, entry) pairs, files a dict from path to its mtime."""
     left = dict(files)
     known = [line_of(path, entry, left.pop(path), running) for path, entry in entries if path in left]
-    return sorted(known + [Line(now, "new", path, since, "", "", 0, "") for path, since in left.items()])
+    return sorted(known + [line_without_entry(path, since, now) for path, since in left.items()])
+
+
+def line_without_entry(path, since, now):
+    """What was just put aside may not be in the status file yet."""
+    if os.path.basename(os.path.dirname(path)) == ".failed":
+        return Line(math.inf, "given up", path, since, "", "", 0, "")
+    return Line(now, "new", path, since, "", "", 0, "")
 
 
 def line_of(path, envelope, since, running=True):
@@ -3294,6 +3303,8 @@ class Spooler:
             raise
         except gevent.GreenletExit:
             put_back(batch, "stopped in the middle of a transaction: the mail may have arrived")
+            for recipient in batch:
+                log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], recipient["Error"])
             raise
         except Exception:  # noqa: BLE001
             log.exception("%s unexpected error", path)
@@ -3455,6 +3466,7 @@ def set_up_streams():
     """Standard output and error may be closed, on a full disk, or a pipe whose reader is gone: that stops nothing."""
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's: no letter is unknown to every terminal
     atexit.register(empty_streams)
 
 

@@ -2420,6 +2420,21 @@ def test_the_summary():
     assert list(spoolgore.summary([], None, NOW)) == ["daemon: not running", nothing]
 
 
+def test_a_file_that_was_just_put_aside_is_not_taken_for_new():
+    lines = spoolgore.lines_of([], {"/spool/.failed/m1": NOW, "/spool/m2": NOW}, NOW)
+    assert [(line.path, line.kind, line.due) for line in lines] == [
+        ("/spool/m2", "new", NOW),
+        ("/spool/.failed/m1", "given up", math.inf),
+    ]
+
+
+def test_status_can_be_shown_in_every_encoding(spool):
+    put(spool, "m1", mail())
+    write_entries(spool, {"m1": envelope_to(addressee("jörg@x.org", error="\udcff"))})
+    done = spoolgore_run("-status", spool, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (1, "") and "j\\xf6rg@x.org" in done.stdout
+
+
 def test_the_table_and_its_columns():
     entries = [
         ("/spool/m1", envelope_to(addressee(attempts=2, error="451 a\r\n\x1b[31mred", moment="2026-11-24T06:52:00Z"))),
@@ -3715,6 +3730,7 @@ def test_what_is_in_flight_for_too_long_at_the_end_waits_again(spool, scripted, 
     recipient = daemon.recipients("m1")["a@x.org"]
     assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
     assert recipient["Error"].endswith("the mail may have arrived")
+    assert daemon.lines[-2] == f"{spool}/m1 SMTP error, mail to a@x.org {recipient['Error']}"
     assert daemon.lines[-1] == "stopped (1 messages in the queue)"
     gate.opened.set()
 
@@ -3772,6 +3788,14 @@ def test_what_cannot_be_printed_waits(spool):
     entry = next(iter(json.loads((spool / ".spoolgore.js").read_text()).values()))
     assert entry["To"][0]["Error"] == "No space left on device"
     assert b"Exception" not in done.stderr
+
+
+def test_nothing_is_printed_to_a_closed_output(spool):
+    put(spool, "m1", mail())
+    command = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, str(SCRIPT), "-once", "-smtpaddr", "-", str(spool)]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, names(spool)) == (2, ["m1"])
+    assert "-smtpaddr" in done.stderr and "standard output is closed" in done.stderr
 
 
 @pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full 2>&1", ""])
