@@ -93,6 +93,7 @@ import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import shutil
@@ -2502,7 +2503,8 @@ def lines_of(entries, files, now, running=True):
     """A Line for each mail, due first: entries are (path, entry) pairs, files a dict from path to its mtime."""
     left = dict(files)
     known = [line_of(path, entry, left.pop(path), running) for path, entry in entries if path in left]
-    return sorted(known + [line_without_entry(path, since, now) for path, since in left.items()])
+    lines = known + [line_without_entry(path, since, now) for path, since in left.items()]
+    return sorted(lines, key=operator.itemgetter(0, 1, 2))
 
 
 def line_without_entry(path, since, now):
@@ -2547,7 +2549,8 @@ def kind_of(left, concerned):
 def bare(field):
     """The address in a From field, found quickly: it is only shown."""
     text = str(field or "")
-    return text[text.rfind("<") + 1 :].partition(">")[0] if "<" in text else text
+    start = text.rfind("<") + 1
+    return text[start:].partition(">")[0] if start else text
 
 
 def ago(seconds):
@@ -2583,12 +2586,11 @@ def summary(lines, owner, now):
 def table(lines, now):
     """Rows of text; the first is the heading."""
     yield ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
-    for line in lines:
-        wait = "-" if line.due == math.inf else ago(line.due - now) if line.due > now else "now"
-        name = line.path.rpartition(os.sep)[2]
-        sender = line.sender or ("" if line.kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
-        cells = (name, line.kind, ago(now - line.since), sender, line.recipient, str(line.attempts), wait)
-        yield (*cells, line.error)
+    for due, kind, path, since, sender, recipient, attempts, error in lines:
+        wait = "-" if due == math.inf else ago(due - now) if due > now else "now"
+        name = path.rpartition(os.sep)[2]
+        sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
+        yield (name, kind, ago(now - since), sender, recipient, str(attempts), wait, error)
 
 
 def aligned(rows, width):
