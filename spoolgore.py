@@ -1199,12 +1199,10 @@ def int_or_zero(text):
     return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
-def path_and_mtime(path):
-    """None for a file that is gone."""
-    try:
-        return path, os.stat(path).st_mtime
-    except OSError:
-        return None
+def modified(path):
+    """When a file was written last, in seconds since 1970; 0 when it is gone."""
+    status = look(path)
+    return status.st_mtime if status else 0.0
 
 
 class Spool:
@@ -1258,12 +1256,12 @@ class Spool:
         with os.scandir(self.directory) as entries:
             return self.named([entry.name for entry in entries if entry.is_file(follow_symlinks=False)])
 
-    def ages(self):
-        """A dict from the path of each mail, and of each that was given up, to its mtime. Raises OSError."""
+    def mails_and_failed(self):
+        """The paths of the regular files, and of those that were given up. Raises OSError."""
         paths = self.mails()
         with contextlib.suppress(FileNotFoundError):
             paths += [os.path.join(self.failed, name) for name in os.listdir(self.failed)]
-        return dict(filter(None, map(path_and_mtime, paths)))
+        return paths
 
     def owner(self):
         """(pid, start time, whether suspended) of the process that has the lock, or None. Asks, and takes nothing.
@@ -2499,12 +2497,24 @@ class Line(NamedTuple):
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
 
 
-def lines_of(entries, files, now, running=True):
-    """A Line for each mail, due first: entries are (path, entry) pairs, files a dict from path to its mtime."""
-    left = dict(files)
-    known = [line_of(path, entry, left.pop(path), running) for path, entry in entries if path in left]
-    lines = known + [line_without_entry(path, since, now) for path, since in left.items()]
+def lines_of(entries, paths, now, running=True, mtime=modified):
+    """A Line for each mail, due first: entries are (path, entry) pairs, paths those of the files. Its entry says since
+    when it is here; only who has none is asked for his file's mtime, since that takes longer than all the rest."""
+    left, lines = set(paths), []
+    for path, entry in entries:
+        if path in left:
+            left.remove(path)
+            lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running))
+    lines += [line_without_entry(path, since, now) for path in left if (since := mtime(path))]
     return sorted(lines, key=operator.itemgetter(0, 1, 2))
+
+
+def enqueued(entry):
+    """When the mail was first seen, in seconds since 1970; 0 when an edit made anything else of it."""
+    try:
+        return parse_time(entry["Enqueued"])
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def line_without_entry(path, since, now):
@@ -2614,8 +2624,8 @@ def report(options, stream, now):
     """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
     spool = Spool(options.directory, options.json)
     gc.disable()  # many small objects, and none of them garbage
-    files, owner = spool.ages(), spool.owner()
-    lines = lines_of(spool.at_home(read_status(spool.status_path)), files, now, bool(owner))
+    paths, owner = spool.mails_and_failed(), spool.owner()
+    lines = lines_of(spool.at_home(read_status(spool.status_path)), paths, now, bool(owner))
     width = shutil.get_terminal_size().columns if stream.isatty() else 0
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
     if lines:

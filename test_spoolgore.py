@@ -2390,8 +2390,8 @@ def test_lines_come_due_first_and_of_files_only():
         ("/spool/soon", envelope_to(addressee(moment="2026-11-24T06:00:00Z"))),
         ("/spool/failed", envelope_to(in_state("given up"))),
     ]
-    files = dict.fromkeys(("/spool/later", "/spool/soon", "/spool/failed", "/spool/new"), NOW)
-    lines = spoolgore.lines_of(entries, files, NOW)
+    paths = ["/spool/later", "/spool/soon", "/spool/failed", "/spool/new"]
+    lines = spoolgore.lines_of(entries, paths, NOW, mtime=lambda path: NOW)
     assert [(os.path.basename(line.path), line.kind) for line in lines] == [
         ("soon", "waiting"),
         ("new", "new"),
@@ -2404,8 +2404,8 @@ def test_the_summary():
     error = "451 4.7.1 try later"
     entries = [(f"/spool/m{number}", envelope_to(addressee(attempts=1, error=error))) for number in range(3)]
     entries += [("/spool/f", envelope_to(in_state("given up"))), ("/spool/u", envelope_to(Error="has no recipients"))]
-    files = {path: NOW - 7200 if path == "/spool/m1" else NOW for path, _ in entries}
-    lines = spoolgore.lines_of(entries, {**files, "/spool/new": NOW}, NOW)
+    entries[1][1]["Enqueued"] = spoolgore.format_time(NOW - 7200)
+    lines = spoolgore.lines_of(entries, [*dict(entries), "/spool/new"], NOW, mtime=lambda path: NOW)
     text = list(spoolgore.summary(lines, (4711, NOW - 86400 * 3, False), NOW))
     assert text[:4] == [
         "daemon: running, pid 4711, since 3d",
@@ -2421,7 +2421,7 @@ def test_the_summary():
 
 
 def test_a_file_that_was_just_put_aside_is_not_taken_for_new():
-    lines = spoolgore.lines_of([], {"/spool/.failed/m1": NOW, "/spool/m2": NOW}, NOW)
+    lines = spoolgore.lines_of([], ["/spool/.failed/m1", "/spool/m2"], NOW, mtime=lambda path: NOW)
     assert [(line.path, line.kind, line.due) for line in lines] == [
         ("/spool/m2", "new", NOW),
         ("/spool/.failed/m1", "given up", math.inf),
@@ -2441,23 +2441,34 @@ def test_the_table_and_its_columns():
         ("/spool/.failed/m2", {**envelope_to(in_state("given up")), "From": "Foo <foo@x.org>"}),
         ("/spool/m3", {**envelope_to(addressee()), "From": ""}),
     ]
-    files = {**{path: NOW - 60 for path, _ in entries}, "/spool/m4": NOW - 60}
-    lines = spoolgore.lines_of(entries, files, NOW)
-    assert spoolgore.aligned(spoolgore.table(lines, NOW), 0) == [
+    now = NOW + 60
+    lines = spoolgore.lines_of(entries, [*dict(entries), "/spool/m4"], now, mtime=lambda path: NOW)
+    assert spoolgore.aligned(spoolgore.table(lines, now), 0) == [
         "FILE  STATE     AGE  SENDER     RECIPIENT  ATTEMPTS  NEXT IN  ERROR",
-        "m4    new       1m                         0         now",
         "m3    waiting   1m   <>         a@x.org    0         now",
-        r"m1    deferred  1m   app@x.org  a@x.org    2         12m      451 a\r \x1b[31mred",
+        "m4    new       1m                         0         now",
+        r"m1    deferred  1m   app@x.org  a@x.org    2         11m      451 a\r \x1b[31mred",
         "m2    given up  1m   foo@x.org  a@x.org    0         -        550 before",
     ]
-    narrow = spoolgore.aligned(spoolgore.table(lines, NOW), 23)
+    narrow = spoolgore.aligned(spoolgore.table(lines, now), 23)
     assert narrow == [
         "FILE  STATE     AGE  SE",
-        "m4    new       1m",
         "m3    waiting   1m   <>",
+        "m4    new       1m",
         "m1    deferred  1m   ap",
         "m2    given up  1m   fo",
     ]
+
+
+@pytest.mark.parametrize("moment", [None, 7, "yesterday", [], {}])
+def test_the_age_is_the_file_s_where_the_entry_has_none(tmp_path, moment):
+    put(tmp_path, "m1", mail())
+    os.utime(tmp_path / "m1", (NOW - 60, NOW - 60))
+    paths = [str(tmp_path / "m1"), str(tmp_path / "vanished")]
+    entries = [(path, envelope_to(addressee(), Enqueued=moment)) for path in paths]
+    assert [line.since for line in spoolgore.lines_of(entries, paths, NOW)] == [NOW - 60, 0]
+    assert spoolgore.lines_of([(paths[0], 7)], paths[:1], NOW)[0].since == NOW - 60
+    assert [line.path for line in spoolgore.lines_of([], paths, NOW)] == paths[:1]  # what has gone is not new
 
 
 @pytest.mark.parametrize(
