@@ -375,8 +375,9 @@ class BadMessage(Exception):
 # These look in a header with an LF before it. A field's name may have a space before its colon (RFC 5322 4.5). A value
 # goes on to the next LF without a blank behind it, found by .*? since a group for each folded line takes memory for it.
 NO_FIELD = re.compile(rb"\n(?![!-9;-~]+[ \t]*:|(?<!\A\n)[ \t])[^\n]*")
-ADDRESS_FIELD = re.compile(rb"\n(from|to|cc|bcc)[ \t]*:(.*?)(?=\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
-BCC = re.compile(rb"\nbcc[ \t]*:.*?(?=\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
+VALUE = rb"[ \t]*:(.*?)(?=\n(?![ \t])|\Z)"
+ADDRESS_FIELD = re.compile(rb"\n(from|to|cc|bcc)" + VALUE, re.IGNORECASE | re.DOTALL)
+BCC = re.compile(rb"\nbcc" + VALUE, re.IGNORECASE | re.DOTALL)
 UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, and an open quotation ends the text
     r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|(?<![^\s,:;<>"()])((?=[^\s,:;<>"()@]+@)[^\s,:;<>"()]+)(?=\s*<)'
 )
@@ -397,10 +398,14 @@ def unix_lines(read, octets=CHUNK):
     while data := read(octets):
         data = held + data
         held = b"\r" if data.endswith(b"\r") else b""
-        if text := (data[:-1] if held else data).replace(b"\r\n", b"\n").replace(b"\r", b"\n"):
+        if text := with_lf(data[:-1] if held else data):
             yield text
     if held:
         yield b"\n"
+
+
+def with_lf(text):
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def split_header(chunks):
@@ -426,11 +431,11 @@ def address_fields(header):
     """
     if not header:
         return []
-    if wrong := NO_FIELD.search(b"\n" + header):
+    lines = b"\n" + header
+    if wrong := NO_FIELD.search(lines):
         line = wrong[0][1:81].decode("utf-8", "replace")
         raise BadMessage(f"malformed MIME header: missing colon: {json.dumps(line, ensure_ascii=False)}")
-    found = ADDRESS_FIELD.finditer(b"\n" + header)
-    return [(match[1].lower().decode(), unfolded(match[2])) for match in found]
+    return [(match[1].lower().decode(), unfolded(match[2])) for match in ADDRESS_FIELD.finditer(lines)]
 
 
 def unfolded(value):
@@ -545,7 +550,7 @@ def whole_text(file, size):
     text = file.read(size + 1)
     while len(text) != size and (more := file.read(CHUNK)):  # it changes: what is sent must be whole all the same
         text += more
-    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return with_lf(text)
 
 
 def with_crlf(text):
@@ -735,8 +740,8 @@ def envelope_problem(envelope):
     if not isinstance(envelope, dict):
         return "not an object"
     for key in FIELDS:
-        some = envelope.get(key) or ()
-        if not isinstance(some, (list, tuple)):
+        some = envelope.get(key) or []
+        if not isinstance(some, list):
             return f"{key} is not a list"
         for recipient in some:
             if problem := recipient_problem(recipient):
@@ -950,9 +955,7 @@ class Status:
 
     def load(self):
         """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
-        killed = "the daemon was killed in mid-transaction: the mail may have arrived"
-        found = self.at_home(read_status(self.path))
-        self.entries = {path: arrived(path, envelope, killed) for path, envelope in found}
+        self.entries = self._read("the daemon was killed in mid-transaction: the mail may have arrived")
 
     def reload(self):
         """Read the file again: it is the truth, but for what happened since it was written.
@@ -960,11 +963,14 @@ class Status:
         Entries that are not in the file stay, as in the original. Raises CorruptStatus, OSError and changes nothing.
         """
         with self._writing:  # what a write took with it is in the file then, or in since_save again
-            found = self.at_home(read_status(self.path))
-            entries = {path: arrived(path, envelope) for path, envelope in found}
+            entries = self._read()
         for path, packed in entries.items():
             self._reload_entry(path, packed)
         self.changed()
+
+    def _read(self, error=""):
+        found = self.at_home(read_status(self.path))
+        return {path: arrived(path, envelope, error) for path, envelope in found}
 
     def _reload_entry(self, path, packed):
         done, live = self.since_save.get(path, ()), self.entries.get(path)
@@ -1244,7 +1250,7 @@ class Spool:
 
     def named(self, names):
         """The paths of those names that a mail may have."""
-        prefix = os.path.join(self.directory, "")
+        prefix = self.path("")
         return [path for name in names if name and name[0] != "." and (path := prefix + name) != self.status_path]
 
     def list(self):
@@ -1260,7 +1266,7 @@ class Spool:
         """The paths of the regular files, and of those that were given up. Raises OSError."""
         paths = self.mails()
         with contextlib.suppress(FileNotFoundError):
-            paths += [os.path.join(self.failed, name) for name in os.listdir(self.failed)]
+            paths += map(self.failed_path, os.listdir(self.failed))
         return paths
 
     def owner(self):
@@ -1640,13 +1646,13 @@ class Connection(smtplib.SMTP):
         try:
             self.sock.settimeout(0)
             self.sock.recv(1)  # anything at all that comes here is the end: 421, or nothing
+            return False
         except (BlockingIOError, ssl.SSLWantReadError):
             return True
         except OSError:
-            pass
+            return False
         finally:
             self.sock.settimeout(None)
-        return False
 
     def transact(self, sender, addresses, message, carefully=False):
         """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Unanswered."""
@@ -1709,7 +1715,6 @@ class Transaction:
         self.chunked = connection.chunking and message.whole is not None
         self.pipelined = connection.pipelining
         self.carefully = carefully or connection.idle_for() > FRESH_SECONDS
-        self.ascii = sender.isascii() and "".join(addresses).isascii()
 
     def run(self):
         refusals = self._local_refusals()
@@ -1730,7 +1735,7 @@ class Transaction:
         if self.message.size > limit > 0:
             text = f"552 5.3.4 not sent: {self.message.size} octets are over the relay's limit of {limit}"
             return dict.fromkeys(self.addresses, Outcome(Verdict.REFUSED, text))
-        if self.ascii:
+        if "".join([self.sender, *self.addresses]).isascii():
             return {}
         problems = {address: self._unspeakable(address) for address in self.addresses}
         if problem := self._unspeakable(self.sender):
@@ -1763,11 +1768,10 @@ class Transaction:
             self._reset()
 
     def _envelope_commands(self):
-        addresses = [self.sender, *self.addresses]
-        sender, *wires = addresses if self.ascii else map(wire_address, addresses)
-        utf8 = "" if sender.isascii() and "".join(wires).isascii() else " SMTPUTF8"
-        mail = f"MAIL FROM:<{sender}>{self.connection.mail_parameters.format(self.message.size)}{utf8}\r\n"
-        return [mail.encode(), *[f"RCPT TO:<{wire}>\r\n".encode() for wire in wires]]
+        wires = [wire_address(address) for address in [self.sender, *self.addresses]]
+        utf8 = "" if "".join(wires).isascii() else " SMTPUTF8"
+        mail = f"MAIL FROM:<{wires[0]}>{self.connection.mail_parameters.format(self.message.size)}{utf8}\r\n"
+        return [mail.encode(), *[f"RCPT TO:<{wire}>\r\n".encode() for wire in wires[1:]]]
 
     def _opening(self):
         """What follows the last RCPT: DATA, or BDAT with the content."""
@@ -3316,7 +3320,7 @@ class Spooler:
         except gevent.GreenletExit:
             put_back(batch, "stopped in the middle of a transaction: the mail may have arrived")
             for recipient in batch:
-                log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], recipient["Error"])
+                say_error(path, recipient, recipient["Error"])
             raise
         except Exception:  # noqa: BLE001
             log.exception("%s unexpected error", path)
@@ -3340,12 +3344,12 @@ class Spooler:
             self.give_up(path, recipient, text, "permanent SMTP error")
         else:
             deferred(recipient, text, self.clock())
-            log.error("%s SMTP error, mail to %s %s", path, address, text)
+            say_error(path, recipient, text)
         return verdict is Verdict.AGAIN
 
     def give_up(self, path, recipient, text, reason="max SMTP attempts reached"):
         gave_up(recipient, text)
-        log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], text)
+        say_error(path, recipient, text)
         log.error("%s %s for %s ... giving up", path, reason, recipient["Address"])
 
     # -- settling
@@ -3428,6 +3432,10 @@ def age_key(path):
     """Sorts files by age, the oldest first."""
     status = look(path)
     return status.st_mtime_ns if status else 0, path
+
+
+def say_error(path, recipient, text):
+    log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], text)
 
 
 def put_back(batch, error):
