@@ -1178,9 +1178,8 @@ def open_carefully(path, _flags):
     return os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
 
 
-def is_being_written(handle, status, now, closed):
-    """Whether a file has to wait; see Spool.claim."""
-    refused = lease_refused(handle)
+def is_being_written(refused, status, now, closed):
+    """Whether a file has to wait; see Spool.claim. refused: what lease_refused() says."""
     if refused is not None:
         return refused
     pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[closed]
@@ -1333,8 +1332,8 @@ class Spool:
         if not stat.S_ISREG(seen.st_mode):
             raise NotAMail("not a regular file, ignored")
         file = io.FileIO(path, opener=open_carefully)
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode) or is_being_written(file.fileno(), status, now, closed):
+        refused, status = lease_refused(file.fileno()), os.fstat(file.fileno())  # in this order: the writer has ended
+        if not stat.S_ISREG(status.st_mode) or is_being_written(refused, status, now, closed):
             file.close()
             raise NotYet
         return Mail(path, file, status.st_size, status.st_nlink, identity(status))
