@@ -941,7 +941,7 @@ class Status:
             self.commit()
 
     def drop(self, path):
-        del self.entries[path]
+        self.entries.pop(path, None)  # a mail that was renamed to this path may have taken it along
         self.since_save[path] = None
         self.changed()
 
@@ -1353,6 +1353,13 @@ class Spool:
         with os.scandir(self.directory) as entries:
             same = self.named([entry.name for entry in entries if entry.inode() == mail.identity[1]])
         return [path for path in same if self.links(mail._replace(path=path))]
+
+    def renamed(self, mail):
+        """The path that the mail's file has by now in the spool, if it has any."""
+        if not mail.file.closed and not os.fstat(mail.file.fileno()).st_nlink:
+            return None  # removed: nothing to look for
+        with contextlib.suppress(OSError):
+            return next(iter(self.names(mail, links=0)), None)
 
     def remove(self, mail, links):
         """Remove a mail that was delivered. Raises OSError."""
@@ -2763,6 +2770,7 @@ class Spooler:
         self.forced = set()  # flushed: due whatever the status says
         self.closed = {}  # path -> whether its writer was seen to close it, or to move it here
         self.owners = {}  # inode -> the name that counts, of files with several
+        self.opened = {}  # inode -> the name that it was opened by, of files that are in flight
         self.said = {}  # what was complained about -> the text
         self.need = 1  # recipients of the mail whose turn it is, under -rate
         self.deciding = ""  # the mail that was taken up and has not begun, under -rate
@@ -3009,10 +3017,10 @@ class Spooler:
         return path not in self.status
 
     def enqueue(self, path, queue):
+        for elsewhere in (self.resting, self.stuck):
+            elsewhere.pop(path, None)
         if path not in self.busy:
             self.busy.add(path)
-            for elsewhere in (self.resting, self.stuck):
-                elsewhere.pop(path, None)
             queue.append(path)
 
     def scan(self):
@@ -3161,7 +3169,7 @@ class Spooler:
             with mail.file:
                 self.closed.pop(path, None)
                 self.said.pop(path, None)
-                self.open_mail(mail, seen)
+                self.hold_open(mail, seen)
 
     def wait_for_writer(self, path, seen):
         """A writer may take his time; if he only forgot to close the file, people should know."""
@@ -3194,10 +3202,20 @@ class Spooler:
         self.show(path, f"unable to read mail file, {error.strerror}")
         self.later(path, self.clock() + retry_delay(1))
 
+    def hold_open(self, mail, seen):
+        """See the mail through: if it comes by another name meanwhile, that has to wait."""
+        inode = mail.identity[:2]
+        if inode in self.opened or not self.owns(mail):
+            self.later(mail.path, self.clock() + max(1, self.options.freq))
+            return
+        self.opened[inode] = mail.path
+        try:
+            self.open_mail(mail, seen)
+        finally:
+            del self.opened[inode]
+
     def open_mail(self, mail, seen):
         """Read the message, find its envelope, deliver."""
-        if not self.owns(mail):
-            return self.later(mail.path, self.clock() + max(1, self.options.freq))
         try:
             message = read_message(mail)
         except BadMessage as error:
@@ -3361,7 +3379,10 @@ class Spooler:
             end = state_of_all(envelope)
         links = self.spool.links(mail)
         if not links:
-            self.replaced(path)
+            if renamed := self.follow(mail, envelope):
+                self.settle(renamed, envelope, relay_down)
+            if os.path.lexists(path):  # what stands in its place is another mail
+                self.later(path, 0.0)
         elif end == WAITING:
             self.status.commit_deliveries(path)
             if relay_down and self.relay.down:
@@ -3369,43 +3390,58 @@ class Spooler:
             else:
                 self.later(path, next_attempt(envelope))
         elif end == GIVEN_UP:
-            self.put_aside(mail, links)
+            self.put_aside(mail, links, envelope)
         else:
-            self.finish(mail, links)
+            self.finish(mail, links, envelope)
 
-    def replaced(self, path):
-        """Somebody removed the file, or put another one in its place, while it was in flight: that is another mail."""
-        self.status.drop(path)
-        if os.path.lexists(path):
-            self.later(path, 0.0)
+    def follow(self, mail, envelope):
+        """The file has lost its name while it was in flight. Returns the mail under the one that it has now, or None."""
+        new = self.spool.renamed(mail)
+        if not new:
+            self.status.drop(mail.path)
+            return None
+        self.opened[mail.identity[:2]] = new
+        self.rename(mail.path, new, envelope)
+        return mail._replace(path=new)
 
-    def finish(self, mail, links):
+    def rename(self, path, new, envelope):
+        """The same mail by another name."""
+        self.status.rename(path, new)
+        self.resting.pop(new, None)
+        for recipient in recipients(envelope):
+            if state(recipient) == DELIVERED:  # which the file does not know under the new name
+                self.status.delivered(new, recipient["Address"])
+
+    def finish(self, mail, links, envelope):
         """Everybody has it: the file goes, and its entry."""
         try:
             self.spool.remove(mail, links)
         except OSError as error:
-            return self.cannot_move(mail, error)
+            return self.cannot_move(mail, envelope, error)
         self.status.drop(mail.path)
         self.owners.pop(mail.identity[:2], None)
         self.sent += 1
         return None
 
-    def put_aside(self, mail, links):
+    def put_aside(self, mail, links, envelope):
         """Some were given up: the file goes to .failed, and its entry with it."""
         try:
             aside = self.spool.put_aside(mail, links)
         except OSError as error:
-            return self.cannot_move(mail, error)
+            return self.cannot_move(mail, envelope, error)
         self.status.rename(mail.path, aside)
         self.owners.pop(mail.identity[:2], None)
         log.error("%s moved to %s", mail.path, aside)
         return None
 
-    def cannot_move(self, mail, error):
+    def cannot_move(self, mail, envelope, error):
         """The mail is settled, and its entry remembers that until the file can go."""
+        if not self.spool.links(mail):  # it was renamed or removed a moment ago
+            return self.settle(mail, envelope)
         self.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
         self.later(mail.path, self.clock() + retry_delay(1))
         self.status.changed()
+        return None
 
     # -- complaints, each once
 

@@ -3394,6 +3394,100 @@ def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, sta
     assert (names(spool), given_up(spool), daemon.status()) == ([], [], {})
 
 
+@pytest.mark.parametrize("is_taken", [False, True])
+@pytest.mark.parametrize(
+    "reply, left, aside",
+    [(None, [], []), (b"451 4.3.0 later\r\n", ["m2"], []), (b"550 5.1.1 no such user\r\n", [], ["m2"])],
+)
+def test_a_file_that_is_renamed_in_mid_transaction_is_the_same_mail(
+    spool, scripted, start, reply, left, aside, is_taken
+):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: reply if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-fail5xx")
+    gate.wait()
+    (spool / "m1").rename(spool / "m2")
+    if is_taken:
+        put(spool, "m1", mail("another@x.org"))
+    put(spool, "last", mail(None))
+    daemon.wait_for("last has no recipients")  # so m2 was looked at too
+    gate.opened.set()
+    daemon.wait_for("m1 successfully sent to b@x.org")
+    relay.wait_for(1 + is_taken)
+    wait_until(lambda: names(spool) == ["last", *left])
+    assert daemon.stop() == 0
+    expected = [["a@x.org", "b@x.org"] if reply is None else ["b@x.org"]] + [["another@x.org"]] * is_taken
+    assert [received.recipients for received in relay.mails.items] == expected
+    assert given_up(spool) == aside and sorted(daemon.status()) == ["last", *left, *aside]
+    assert (daemon.recipients("m2").get("b@x.org") or {"Status": 2})["Status"] == 2
+
+
+def test_who_has_a_renamed_mail_is_known_after_a_kill(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: b"451 4.3.0 later\r\n" if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    gate.wait()
+    (spool / "m1").rename(spool / "m2")
+    gate.opened.set()
+    daemon.wait_for_recipient("m2", "b@x.org", Status=2)
+    daemon.kill()
+    relay.replies = {}
+    daemon = start("-smtpaddr", relay.address)
+    daemon.send("SIGURG")
+    assert [received.recipients for received in relay.mails.wait_for(2)] == [["b@x.org"], ["a@x.org"]]
+
+
+def test_mails_that_are_written_in_place_and_then_renamed_arrive_once(spool, relay, start):
+    """However the writer and the daemon meet."""
+    daemon = start("-smtpaddr", relay.address, "-freq", 1)
+    script = "for n in $(seq 100); do printf 'From: a@x.org\\nTo: m%s@x.org\\n\\n' $n > new.$n; mv new.$n mail.$n; done"
+    subprocess.run(["sh", "-c", script], cwd=spool, stderr=subprocess.DEVNULL, timeout=PATIENCE)  # mv may come too late
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0
+    assert sorted(one.recipients[0] for one in relay.mails) == sorted(f"m{n + 1}@x.org" for n in range(100))
+
+
+@pytest.mark.parametrize("verdict, aside", [("DELIVERED", []), ("REFUSED", ["m2"])])
+def test_a_file_that_is_renamed_at_the_last_moment(spool, status, monkeypatch, verdict, aside):
+    """Between the look at it and its removal."""
+    put(spool, "m1", mail("a@x.org"))
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    spooler.spool.lock()
+    outcome, sent = spoolgore.Outcome(spoolgore.Verdict[verdict], "550 no"), []
+    spooler.relay.send = lambda sender, addresses, message: sent.append(1) or dict.fromkeys(addresses, outcome)
+    monkeypatch.setattr(status, "commit", lambda: None)
+    names_of = spoolgore.Spool.names
+
+    def names_and_then(the_spool, mail, links):
+        paths = names_of(the_spool, mail, links)
+        if names(spool) == ["m1"]:
+            (spool / "m1").rename(spool / "m2")
+        return paths
+
+    monkeypatch.setattr(spoolgore.Spool, "names", names_and_then)
+    spooler.handle(str(spool / "m1"))
+    assert (names(spool), given_up(spool), sent) == ([], aside, [1])
+    assert [os.path.basename(path) for path in status.entries] == aside and not spooler.resting
+
+
+def test_a_mail_that_was_renamed_to_the_name_of_another_while_both_are_in_flight(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"DATA": gate}
+    put(spool, "m1", mail("a@x.org"))
+    put(spool, "m2", mail("b@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("sending mail to", 2)
+    gate.wait()
+    (spool / "m1").rename(spool / "m2")
+    gate.opened.set()
+    relay.wait_for(2)
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and daemon.status() == {}
+    assert sorted(received.recipients for received in relay.mails.items) == [["a@x.org"], ["b@x.org"]]
+
+
 def test_a_file_that_is_replaced_while_the_status_is_written_before_it_is_put_aside(spool, status, monkeypatch):
     put(spool, "m1", mail("a@x.org"))
     spooler = spooler_of(spool, status, "-attempts", "1")
@@ -3403,6 +3497,17 @@ def test_a_file_that_is_replaced_while_the_status_is_written_before_it_is_put_as
     spooler.handle(str(spool / "m1"))
     assert given_up(spool) == [] and "another@x.org" in (spool / "m1").read_text()
     assert str(spool / "m1") in spooler.resting and len(status.entries) == 0
+
+
+def test_a_writer_that_ends_while_the_file_is_claimed(spool, monkeypatch):
+    """What is known of the file is what he left, else it looks like another one when it was sent."""
+    path = spool / "m1"
+    path.touch()
+    monkeypatch.setattr(spoolgore, "lease_refused", lambda handle: bool(path.write_text(mail())) and False)
+    the_spool = spoolgore.Spool(str(spool))
+    claimed = the_spool.claim(str(path), os.lstat(path), NOW)
+    claimed.file.close()
+    assert claimed.size == len(mail()) and the_spool.links(claimed) == 1
 
 
 @pytest.mark.parametrize("way", ["remove", "put_aside"])
