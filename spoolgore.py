@@ -105,6 +105,7 @@ import stat
 import struct
 import sys
 import time
+import zlib
 from collections import deque
 from datetime import datetime, timezone
 from typing import NamedTuple
@@ -514,7 +515,7 @@ class Message:
     """
 
     def __init__(self, file, size):
-        self.file, self._size = file, size
+        self.file, self._size, self._checksum = file, size, 0
         chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
         header, rest = split_header(chunks)
         fields = address_fields(header)
@@ -527,6 +528,17 @@ class Message:
         """Octets to declare by SIZE (RFC 1870): exact when whole, else the file's."""
         return self._size if self.whole is None else len(self.whole)
 
+    def is_unchanged(self):
+        """Whether the file still says what it said when it was read, or streamed last."""
+        self.file.seek(0)
+        if self.whole is None:
+            return self._checksum == off_the_hub(checksum, self.file.read)
+        try:
+            again = Message(self.file, self._size)
+        except (BadMessage, OSError):
+            return False
+        return (again.whole, again.sender, again.recipients) == (self.whole, self.sender, self.recipients)
+
     def content(self):
         """The content in chunks: CRLF line ends, no Bcc, a line end last."""
         if self.whole is not None:
@@ -535,7 +547,8 @@ class Message:
 
     def _stream(self):
         self.file.seek(0)
-        chunks = unix_lines(self.file.read)
+        self._checksum = 0
+        chunks = unix_lines(self._read)
         header, body = split_header(chunks)
         last = b""
         for chunk in itertools.chain([without_bcc(header), body], chunks):
@@ -543,6 +556,19 @@ class Message:
             yield chunk.replace(b"\n", b"\r\n")
         if not last.endswith(b"\n"):
             yield b"\r\n"
+
+    def _read(self, octets):
+        data = self.file.read(octets)
+        self._checksum = zlib.crc32(data, self._checksum)
+        return data
+
+
+def checksum(read):
+    """Of what read(octets) gives, up to its end."""
+    total = 0
+    while data := read(CHUNK):
+        total = zlib.crc32(data, total)
+    return total
 
 
 def whole_text(file, size):
@@ -1353,6 +1379,14 @@ class Spool:
         with os.scandir(self.directory) as entries:
             same = self.named([entry.name for entry in entries if entry.inode() == mail.identity[1]])
         return [path for path in same if self.links(mail._replace(path=path))]
+
+    def touched(self, mail, message):
+        """The mail as it is by now, if nothing but its file's time is another: cp -p and others set it late."""
+        if mail.file.closed:
+            return None
+        now = identity(os.fstat(mail.file.fileno()))
+        is_touched = now != mail.identity and now[:3] == mail.identity[:3] and message.is_unchanged()
+        return mail._replace(identity=now) if is_touched else None
 
     def renamed(self, mail):
         """The path that the mail's file has by now in the spool, if it has any."""
@@ -3265,7 +3299,7 @@ class Spooler:
         try:
             self.transact_all(mail, message, envelope, due)
         except RelayDown:
-            self.settle(mail, envelope, relay_down=True)
+            self.settle(mail, message, envelope, relay_down=True)
         except OutOfTurn:
             if forced:
                 self.forced.add(mail.path)
@@ -3275,7 +3309,7 @@ class Spooler:
             interrupted(envelope)  # else those in flight would stay so until the next start
             raise
         else:
-            self.settle(mail, envelope)
+            self.settle(mail, message, envelope)
 
     # -- transactions
 
@@ -3371,31 +3405,49 @@ class Spooler:
 
     # -- settling
 
-    def settle(self, mail, envelope, relay_down=False):
+    def settle(self, mail, message, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
+        path = mail.path
+        while mail and not self.try_to_settle(mail, envelope, relay_down):
+            mail = self.follow(mail, message, envelope)
+        if not (mail and mail.path == path) and os.path.lexists(path):  # what stands in its place is another mail
+            self.later(path, 0.0)
+
+    def try_to_settle(self, mail, envelope, relay_down):
+        """False when its file is not what it was, or not there."""
         path, end = mail.path, state_of_all(envelope)
         if end == GIVEN_UP:
             self.status.commit()  # which takes time: what the file and the entry are is looked at behind it
             end = state_of_all(envelope)
         links = self.spool.links(mail)
         if not links:
-            if renamed := self.follow(mail, envelope):
-                self.settle(renamed, envelope, relay_down)
-            if os.path.lexists(path):  # what stands in its place is another mail
-                self.later(path, 0.0)
-        elif end == WAITING:
-            self.status.commit_deliveries(path)
-            if relay_down and self.relay.down:
-                self.held.append(path)
-            else:
-                self.later(path, next_attempt(envelope))
-        elif end == GIVEN_UP:
-            self.put_aside(mail, links, envelope)
+            return False
+        if end != WAITING:
+            return self.try_to_remove(mail, links, self.put_aside if end == GIVEN_UP else self.finish)
+        self.status.commit_deliveries(path)
+        if relay_down and self.relay.down:
+            self.held.append(path)
         else:
-            self.finish(mail, links, envelope)
+            self.later(path, next_attempt(envelope))
+        return True
 
-    def follow(self, mail, envelope):
-        """The file has lost its name while it was in flight. Returns the mail under the one that it has now, or None."""
+    def try_to_remove(self, mail, links, remove):
+        """False when its file is not there; else it goes now, or later: its entry remembers that it is settled."""
+        try:
+            remove(mail, links)
+        except OSError as error:
+            if not self.spool.links(mail):  # it was renamed or removed a moment ago
+                return False
+            self.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
+            self.later(mail.path, self.clock() + retry_delay(1))
+            self.status.changed()
+        return True
+
+    def follow(self, mail, message, envelope):
+        """The file is not what was opened. Returns the same mail as it is now, touched or under a new name; None when
+        it has gone or changed."""
+        if touched := self.spool.touched(mail, message):
+            return touched
         new = self.spool.renamed(mail)
         if not new:
             self.status.drop(mail.path)
@@ -3412,36 +3464,19 @@ class Spooler:
             if state(recipient) == DELIVERED:  # which the file does not know under the new name
                 self.status.delivered(new, recipient["Address"])
 
-    def finish(self, mail, links, envelope):
-        """Everybody has it: the file goes, and its entry."""
-        try:
-            self.spool.remove(mail, links)
-        except OSError as error:
-            return self.cannot_move(mail, envelope, error)
+    def finish(self, mail, links):
+        """Everybody has it: the file goes, and its entry. Raises OSError."""
+        self.spool.remove(mail, links)
         self.status.drop(mail.path)
         self.owners.pop(mail.identity[:2], None)
         self.sent += 1
-        return None
 
-    def put_aside(self, mail, links, envelope):
-        """Some were given up: the file goes to .failed, and its entry with it."""
-        try:
-            aside = self.spool.put_aside(mail, links)
-        except OSError as error:
-            return self.cannot_move(mail, envelope, error)
+    def put_aside(self, mail, links):
+        """Some were given up: the file goes to .failed, and its entry with it. Raises OSError."""
+        aside = self.spool.put_aside(mail, links)
         self.status.rename(mail.path, aside)
         self.owners.pop(mail.identity[:2], None)
         log.error("%s moved to %s", mail.path, aside)
-        return None
-
-    def cannot_move(self, mail, envelope, error):
-        """The mail is settled, and its entry remembers that until the file can go."""
-        if not self.spool.links(mail):  # it was renamed or removed a moment ago
-            return self.settle(mail, envelope)
-        self.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
-        self.later(mail.path, self.clock() + retry_delay(1))
-        self.status.changed()
-        return None
 
     # -- complaints, each once
 

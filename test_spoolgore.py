@@ -504,8 +504,12 @@ class Conversation:
             self.send(b"250 2.0.0 fine\r\n")
 
     def take(self, content):
-        self.relay.mails.add(Received(self.sender, self.recipients, content))
-        self.send(b"250 2.0.0 taken\r\n")
+        """The reply to "content" counts for it, as those to a verb do."""
+        reply = self.relay_reply("content")
+        reply = reply(content) if callable(reply) else reply
+        if not reply:
+            self.relay.mails.add(Received(self.sender, self.recipients, content))
+        self.send(reply or b"250 2.0.0 taken\r\n")
         self.on_RSET(b"RSET", b"")
 
     def on_RSET(self, line, reply=b"250 2.0.0 fine\r\n"):
@@ -2862,10 +2866,11 @@ def test_a_name_that_is_another_files_by_now_does_not_stand_for_the_old_one(spoo
     os.link(spool / "m1", spool / "m2")
     os.link(spool / "m1", spool / "m3")
     daemon = start("-smtpaddr", relay.address, "-freq", 0)
-    first = daemon.wait_for("SMTP error")[0][20:].split()[0]
-    put(spool, os.path.basename(first), "broken\n")
+    first = os.path.basename(daemon.wait_for("SMTP error")[0][20:].split()[0])
+    daemon.wait_for_recipient(first, "a@example.org", Attempts=1)
+    put(spool, first, "broken\n")
     relay.wait_for(1)  # by one of its other names, long before the first one's time has come
-    wait_until(lambda: names(spool) == [os.path.basename(first)])
+    wait_until(lambda: names(spool) == [first])
 
 
 def test_ten_thousand_files_at_once(tmp_path, start):
@@ -3421,6 +3426,47 @@ def test_a_file_that_is_renamed_in_mid_transaction_is_the_same_mail(
     assert [received.recipients for received in relay.mails.items] == expected
     assert given_up(spool) == aside and sorted(daemon.status()) == ["last", *left, *aside]
     assert (daemon.recipients("m2").get("b@x.org") or {"Status": 2})["Status"] == 2
+
+
+@pytest.mark.parametrize("is_renamed", [False, True])
+@pytest.mark.parametrize("size", [10, 2 * spoolgore.CHUNK])
+@pytest.mark.parametrize("reply, left", [(None, []), (b"451 4.3.0 later\r\n", ["m"])])
+def test_a_file_whose_time_is_set_in_mid_transaction_is_the_same_mail(
+    spool, scripted, start, reply, left, size, is_renamed
+):
+    """cp -p and Python's shutil.copy2() do that to a file that is closed already."""
+    relay, gate = scripted(), Gate()
+    relay.replies = {"content": lambda content: gate(content) or reply}
+    put(spool, "m", mail("a@x.org", body="x" * size))
+    daemon = start("-smtpaddr", relay.address)
+    gate.wait()
+    os.utime(spool / "m", (NOW, NOW))
+    if is_renamed:
+        (spool / "m").rename(spool / "m2")
+    gate.opened.set()
+    daemon.wait_for("m SMTP error" if reply else "m successfully sent")
+    wait_until(lambda: names(spool) == [f"{name}2" if is_renamed else name for name in left])
+    assert daemon.stop() == 0 and len(relay.mails.items) == (reply is None)
+    assert [daemon.recipients(name)["a@x.org"]["Attempts"] for name in names(spool)] == [1] * bool(reply)
+
+
+@pytest.mark.parametrize("size", [10, 2 * spoolgore.CHUNK])
+@pytest.mark.parametrize("field", ["Subject", "Bcc", "From"])
+def test_a_file_that_is_changed_in_mid_transaction_to_another_of_its_size_is_another_mail(
+    spool, scripted, start, size, field
+):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"content": gate}
+    first, second = (mail("a@x.org", body="x" * size, **{field: f"{name}@x.org"}) for name in "bc")
+    put(spool, "m", first)
+    daemon = start("-smtpaddr", relay.address)
+    gate.wait()
+    (spool / "m").write_text(second)
+    gate.opened.set()
+    sent = relay.wait_for(2)
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and len(relay.mails.items) == 2
+    assert [received.content for received in sent] == [content_of(text.encode()) for text in (first, second)]
 
 
 def test_who_has_a_renamed_mail_is_known_after_a_kill(spool, scripted, start):
