@@ -1200,10 +1200,6 @@ def lease_refused(handle):
 OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
 
-def open_carefully(path, _flags):
-    return os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
-
-
 def is_being_written(refused, status, now, closed):
     """Whether a file has to wait; see Spool.claim. refused: what lease_refused() says."""
     if refused is not None:
@@ -1357,7 +1353,7 @@ class Spool:
         """
         if not stat.S_ISREG(seen.st_mode):
             raise NotAMail("not a regular file, ignored")
-        file = io.FileIO(path, opener=open_carefully)
+        file = io.FileIO(os.open(path, os.O_RDONLY | OPEN_CAREFULLY))
         refused, status = lease_refused(file.fileno()), os.fstat(file.fileno())  # in this order: the writer has ended
         if not stat.S_ISREG(status.st_mode) or is_being_written(refused, status, now, closed):
             file.close()
@@ -1924,7 +1920,9 @@ class Security:
     def helo(self):
         """The name for EHLO, looked up at the first connection; empty when this machine has no full one."""
         if not self._helo:
-            name = socket.getfqdn()
+            name = ""
+            with gevent.Timeout(self._seconds, False):  # a name server that is away is no reason to wait for ever
+                name = socket.getfqdn()
             self._helo = name if "." in name and not name.startswith("localhost") else " "
         return self._helo.strip()
 

@@ -6029,6 +6029,13 @@ def test_the_name_for_ehlo_is_the_machine_s_if_it_is_a_full_one(monkeypatch, scr
     assert len(lookups) == 1
 
 
+def test_a_name_that_is_not_found_in_time_is_not_said(monkeypatch, scripted):
+    monkeypatch.setattr(spoolgore.socket, "getfqdn", lambda: gevent.event.Event().wait() or "late.example.org")
+    relay, security = scripted(), spoolgore.Security(options_of("-timeout", "1", "spool"), {})
+    spoolgore.Connection(spoolgore.Address("127.0.0.1", relay.port), PATIENCE).dial(security).close()
+    assert relay.connections.items[0].commands == [b"ehlo [127.0.0.1]"]
+
+
 def test_postfix_accepts_the_name_that_is_said_by_default(spool, run, postfix):
     put(spool, "m1", mail("by.default@example.org"))
     daemon = run("-once", "-smtpaddr", postfix.at("plain", "127.0.0.1"))
