@@ -1914,7 +1914,14 @@ class Security:
         self._command, self._output = options.smtppasswordcommand, None
         self._seconds = options.timeout
         self._helo = options.helo
-        self.context = tls_context(options)
+        self._options = options
+        if options.tlsca or options.tlscert:
+            self.context  # noqa: B018 -- a file that is no good is said at the start
+
+    @functools.cached_property
+    def context(self):
+        """What verifies relays. Made for the first that speaks TLS: the system's certificates take 2 MB."""
+        return tls_context(self._options)
 
     @property
     def helo(self):
