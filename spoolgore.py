@@ -158,6 +158,8 @@ UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go;
 SAVE_SECONDS = 1  # the least time between two writes of the status file
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 SPEED_SECONDS = 10  # mails a second are those of this time
+GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, its time or its owner
+MET_LIMIT = 1000  # how many partly delivered mails are recognised when they come by another name
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
@@ -515,7 +517,7 @@ class Message:
     """
 
     def __init__(self, file, size):
-        self.file, self._size, self._checksum = file, size, 0
+        self.file, self._size, self._streamed = file, size, (0, 0)  # octets, and their checksum
         chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
         header, rest = split_header(chunks)
         fields = address_fields(header)
@@ -532,7 +534,8 @@ class Message:
         """Whether the file still says what it said when it was read, or streamed last."""
         self.file.seek(0)
         if self.whole is None:
-            return self._checksum == off_the_hub(checksum, self.file.read)
+            octets, expected = self._streamed
+            return expected == off_the_hub(checksum, self.file.read, octets)
         try:
             again = Message(self.file, self._size)
         except (BadMessage, OSError):
@@ -547,7 +550,7 @@ class Message:
 
     def _stream(self):
         self.file.seek(0)
-        self._checksum = 0
+        self._streamed = (0, 0)
         chunks = unix_lines(self._read)
         header, body = split_header(chunks)
         last = b""
@@ -559,15 +562,16 @@ class Message:
 
     def _read(self, octets):
         data = self.file.read(octets)
-        self._checksum = zlib.crc32(data, self._checksum)
+        before, checksum = self._streamed
+        self._streamed = (before + len(data), zlib.crc32(data, checksum))
         return data
 
 
-def checksum(read):
-    """Of what read(octets) gives, up to its end."""
+def checksum(read, octets):
+    """Of the first octets that read(size) gives."""
     total = 0
-    while data := read(CHUNK):
-        total = zlib.crc32(data, total)
+    while data := read(min(octets, CHUNK)):
+        octets, total = octets - len(data), zlib.crc32(data, total)
     return total
 
 
@@ -948,11 +952,10 @@ class Status:
         self.changed()
         return envelope
 
-    def rest(self, path):
-        """Nothing more is done with this entry for now."""
-        entry = self.entries.get(path)
-        if isinstance(entry, dict):
-            self.put(path, pack(path, entry))
+    def rest(self, path, envelope):
+        """Nothing more is done with this envelope for now. Another one may have got its path meanwhile."""
+        if self.entries.get(path) is envelope:
+            self.put(path, pack(path, envelope))
 
     def delivered(self, path, address):
         """Remember a delivery that the file does not know yet."""
@@ -967,7 +970,7 @@ class Status:
             self.commit()
 
     def drop(self, path):
-        self.entries.pop(path, None)  # a mail that was renamed to this path may have taken it along
+        del self.entries[path]
         self.since_save[path] = None
         self.changed()
 
@@ -975,7 +978,23 @@ class Status:
         envelope = self.peek(old)
         self.drop(old)
         self.put(new, pack(new, envelope))
-        return envelope
+
+    def move(self, old, new, envelope):
+        """Of a mail in flight: its envelope goes to another path, whatever stands at either by now."""
+        self.release(old, envelope)
+        self.adopt(new, envelope)
+
+    def adopt(self, path, envelope):
+        """Put an envelope with a past, of which the file does not know under this path."""
+        self.put(path, envelope)
+        for recipient in recipients(envelope):
+            if state(recipient) == DELIVERED:
+                self.delivered(path, recipient["Address"])
+
+    def release(self, path, envelope):
+        """Drop the entry if it is this very envelope."""
+        if self.entries.get(path) is envelope:
+            self.drop(path)
 
     # -- the file
 
@@ -1372,8 +1391,7 @@ class Spool:
         """Every name that the mail's file has in the spool: one mail, however many links it has."""
         if links == 1:
             return [mail.path]
-        with os.scandir(self.directory) as entries:
-            same = self.named([entry.name for entry in entries if entry.inode() == mail.identity[1]])
+        same = self.named(self._names_of_inode(mail))
         return [path for path in same if self.links(mail._replace(path=path))]
 
     def touched(self, mail, message):
@@ -1386,10 +1404,26 @@ class Spool:
 
     def renamed(self, mail):
         """The path that the mail's file has by now in the spool, if it has any."""
-        if not mail.file.closed and not os.fstat(mail.file.fileno()).st_nlink:
-            return None  # removed: nothing to look for
-        with contextlib.suppress(OSError):
-            return next(iter(self.names(mail, links=0)), None)
+        for names in (self._name_of_handle, self._names_of_inode, self._names_of_inode):  # a listing may just miss it
+            with contextlib.suppress(OSError, ValueError):
+                for path in self.named(names(mail)):
+                    if (status := look(path)) and identity(status) == mail.identity:
+                        return path
+        return None
+
+    @staticmethod
+    def _name_of_handle(mail):
+        """The kernel knows by what name an open file goes now."""
+        return [os.path.basename(os.readlink(f"/proc/self/fd/{mail.file.fileno()}"))]
+
+    def _names_of_inode(self, mail):
+        with os.scandir(self.directory) as entries:
+            return [entry.name for entry in entries if entry.inode() == mail.identity[1]]
+
+    @staticmethod
+    def is_somewhere(mail):
+        """Whether the mail's file may have a name, in the spool or elsewhere."""
+        return mail.file.closed or os.fstat(mail.file.fileno()).st_nlink > 0
 
     def remove(self, mail, links):
         """Remove a mail that was delivered. Raises OSError."""
@@ -2807,9 +2841,11 @@ class Spooler:
         self.held = []
         self.stuck = {}  # path -> signature of a file that cannot be sent as it is
         self.forced = set()  # flushed: due whatever the status says
+        self.flushes = 0
         self.closed = {}  # path -> whether its writer was seen to close it, or to move it here
         self.owners = {}  # inode -> the name that counts, of files with several
-        self.opened = {}  # inode -> the name that it was opened by, of files that are in flight
+        self.opened = {}  # inode -> the name that its file has, of each mail in flight
+        self.met = {}  # identity -> (path, packed entry) of some files that wait, or are away, and that somebody has
         self.said = {}  # what was complained about -> the text
         self.need = 1  # recipients of the mail whose turn it is, under -rate
         self.deciding = ""  # the mail that was taken up and has not begun, under -rate
@@ -2979,6 +3015,7 @@ class Spooler:
             log.error("status not reloaded, %s", describe(error))
 
     def flush(self):
+        self.flushes += 1
         self.queue_again()
         self.forced = {*self.resting, *self.ahead, *self.fresh, *self.retries}
         self.resting, self.times = dict.fromkeys(self.resting, 0.0), [(0.0, path) for path in self.resting]
@@ -3040,7 +3077,14 @@ class Spooler:
         elif self.spool.named([name]):
             self.closed[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.closed_at_birth(path)
             if self.is_new(path) or (self.closed[path] and path in self.resting and path not in self.status):
-                self.enqueue(path, self.fresh)
+                self.take_up(path, mask & watch.MOVED_TO, mask & watch.CLOSE_WRITE)
+
+    def take_up(self, path, was_moved, was_written):
+        """A new name: a mail that was moved or linked here is whole, and goes at once."""
+        if was_moved or self.closed[path] is None:
+            self.enqueue(path, self.fresh)
+        else:
+            self.later(path, self.clock() + (GRACE_SECONDS if was_written else QUIET_SECONDS))
 
     @staticmethod
     def closed_at_birth(path):
@@ -3114,7 +3158,7 @@ class Spooler:
         """The file is not there: somebody removed it, or it was put aside just before a crash."""
         for known in (self.stuck, self.closed, self.resting, self.said):
             known.pop(path, None)
-        if path not in self.status:
+        if path not in self.status or path in self.opened.values():  # in flight: it was renamed to this
             return
         envelope, asides = self.status.peek(path), itertools.takewhile(os.path.lexists, self.spool.failed_paths(path))
         aside = next((aside for aside in asides if aside not in self.status), None)
@@ -3177,7 +3221,6 @@ class Spooler:
             log.exception("%s unexpected error, it is tried again in a minute", path)
             self.later(path, self.clock() + retry_delay(1))
         finally:
-            self.status.rest(path)
             if path not in self.ahead:
                 self.busy.discard(path)
             self.decided(path)
@@ -3233,7 +3276,7 @@ class Spooler:
         """The entry says why the mail is not sent."""
         envelope = self.status.peek(path) if path in self.status else new_envelope(None, self.clock())
         if isinstance(envelope, dict):  # an edit may have made anything of it
-            self.status.put(path, unusable(envelope, reason))
+            self.status.put(path, pack(path, unusable(envelope, reason)))
 
     def cannot_read(self, path, error):
         """Out of descriptors, or a fault of the disk: the file itself may be fine, and need not change."""
@@ -3262,7 +3305,7 @@ class Spooler:
         except OSError as error:
             return self.cannot_read(mail.path, error)
         try:
-            envelope = self.envelope_of(mail.path, message)
+            envelope = self.envelope_of(mail, message)
         except CorruptStatus as error:
             return self.ignore(mail.path, seen, f"is held, its entry in the status file is malformed: {error}")
         if not recipients(envelope):
@@ -3280,9 +3323,12 @@ class Spooler:
             self.owners[inode] = owner
         return owner == mail.path
 
-    def envelope_of(self, path, message):
-        """The mail's entry: its own, the one it had when it was given up, or a new one. Raises CorruptStatus."""
-        now, aside = self.clock(), self.spool.failed_path(path)
+    def envelope_of(self, mail, message):
+        """The mail's entry: its own, the one it had under another name or when it was given up, or a new one. Raises
+        CorruptStatus."""
+        path, now, aside = mail.path, self.clock(), self.spool.failed_path(mail.path)
+        if self.met and path not in self.status:
+            self.recognise(mail)
         is_back = path not in self.status and aside in self.status and not os.path.lexists(aside)
         if is_back:
             self.status.rename(aside, path)
@@ -3295,6 +3341,21 @@ class Spooler:
             requeue(envelope, now)
         renew(envelope, message, now)
         return envelope
+
+    def recognise(self, mail):
+        """A file that was here under another name: who has it already does not get it again."""
+        path, packed = self.met.pop(mail.identity, (None, None))
+        if path:
+            if path in self.status and not os.path.lexists(path):
+                self.status.drop(path)
+            self.status.adopt(mail.path, unpack(packed))
+
+    def remember(self, mail, envelope):
+        """So that it is recognised, if somebody has it and others have not."""
+        if any(state(recipient) == DELIVERED for recipient in recipients(envelope)):
+            self.met[mail.identity] = (mail.path, pack(mail.path, envelope))
+            if len(self.met) > MET_LIMIT:
+                del self.met[next(iter(self.met))]
 
     def deliver(self, mail, message, envelope):
         """Every recipient that is due; then see what became of the mail."""
@@ -3309,12 +3370,18 @@ class Spooler:
             if forced:
                 self.forced.add(mail.path)
             self.status.commit_deliveries(mail.path)
-            raise
+            if self.spool.links(mail):
+                raise
+            self.settle(mail, message, envelope)
         except BaseException:
             interrupted(envelope)  # else those in flight would stay so until the next start
+            if not self.spool.links(mail):
+                self.settle(mail, message, envelope)
             raise
         else:
             self.settle(mail, message, envelope)
+        finally:
+            self.status.rest(self.opened[mail.identity[:2]], envelope)
 
     # -- transactions
 
@@ -3412,34 +3479,47 @@ class Spooler:
 
     def settle(self, mail, message, envelope, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
-        path = mail.path
+        path, flushes = mail.path, self.flushes
         while mail and not self.try_to_settle(mail, envelope, relay_down):
             mail = self.follow(mail, message, envelope)
+        if mail and mail.path in self.resting and self.flushes > flushes:  # it was not among what the flush found
+            self.forced.add(mail.path)
+            self.later(mail.path, 0.0)
         if not (mail and mail.path == path) and os.path.lexists(path):  # what stands in its place is another mail
             self.later(path, 0.0)
 
     def try_to_settle(self, mail, envelope, relay_down):
         """False when its file is not what it was, or not there."""
         path, end = mail.path, state_of_all(envelope)
-        if end == GIVEN_UP:
-            self.status.commit()  # which takes time: what the file and the entry are is looked at behind it
-            end = state_of_all(envelope)
+        if end != DELIVERED:
+            self.commit(path, end)
+            end = state_of_all(envelope)  # that took time
         links = self.spool.links(mail)
         if not links:
             return False
-        if end != WAITING:
-            return self.try_to_remove(mail, links, self.put_aside if end == GIVEN_UP else self.finish)
-        self.status.commit_deliveries(path)
-        if relay_down and self.relay.down:
+        if end == GIVEN_UP and self.suspended:  # nothing is on the disk: that it was given up would be forgotten
+            self.later(path, 0.0)
+        elif end != WAITING:
+            return self.try_to_remove(mail, links, envelope, self.put_aside if end == GIVEN_UP else self.finish)
+        elif relay_down and self.relay.down:
+            self.remember(mail, envelope)
             self.held.append(path)
         else:
+            self.remember(mail, envelope)
             self.later(path, next_attempt(envelope))
         return True
 
-    def try_to_remove(self, mail, links, remove):
+    def commit(self, path, end):
+        """Before anything else is done with the mail, the file knows who has it."""
+        if end == GIVEN_UP:
+            self.status.commit()
+        else:
+            self.status.commit_deliveries(path)
+
+    def try_to_remove(self, mail, links, envelope, remove):
         """False when its file is not there; else it goes now, or later: its entry remembers that it is settled."""
         try:
-            remove(mail, links)
+            remove(mail, links, envelope)
         except OSError as error:
             if not self.spool.links(mail):  # it was renamed or removed a moment ago
                 return False
@@ -3451,37 +3531,39 @@ class Spooler:
     def follow(self, mail, message, envelope):
         """The file is not what was opened. Returns the same mail as it is now, touched or under a new name; None when
         it has gone or changed."""
+        if new := self.spool.renamed(mail):
+            self.move(mail, new, envelope)
+            self.resting.pop(new, None)
+            return mail._replace(path=new)
         if touched := self.spool.touched(mail, message):
             return touched
-        new = self.spool.renamed(mail)
-        if not new:
-            self.status.drop(mail.path)
-            return None
-        self.opened[mail.identity[:2]] = new
-        self.rename(mail.path, new, envelope)
-        return mail._replace(path=new)
+        self.status.release(mail.path, envelope)
+        if self.spool.is_somewhere(mail):
+            self.remember(mail, envelope)
+        return None
 
-    def rename(self, path, new, envelope):
-        """The same mail by another name."""
-        self.status.rename(path, new)
-        self.resting.pop(new, None)
-        for recipient in recipients(envelope):
-            if state(recipient) == DELIVERED:  # which the file does not know under the new name
-                self.status.delivered(new, recipient["Address"])
+    def move(self, mail, path, envelope):
+        """The same mail under another name."""
+        self.status.move(mail.path, path, envelope)
+        self.opened[mail.identity[:2]] = path
 
-    def finish(self, mail, links):
+    def finish(self, mail, links, envelope):
         """Everybody has it: the file goes, and its entry. Raises OSError."""
         self.spool.remove(mail, links)
-        self.status.drop(mail.path)
-        self.owners.pop(mail.identity[:2], None)
+        self.status.release(mail.path, envelope)
+        self.forget(mail)
         self.sent += 1
 
-    def put_aside(self, mail, links):
+    def put_aside(self, mail, links, envelope):
         """Some were given up: the file goes to .failed, and its entry with it. Raises OSError."""
         aside = self.spool.put_aside(mail, links)
-        self.status.rename(mail.path, aside)
-        self.owners.pop(mail.identity[:2], None)
+        self.move(mail, aside, envelope)
+        self.forget(mail)
         log.error("%s moved to %s", mail.path, aside)
+
+    def forget(self, mail):
+        self.owners.pop(mail.identity[:2], None)
+        self.met.pop(mail.identity, None)
 
     # -- complaints, each once
 

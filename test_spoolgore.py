@@ -1837,7 +1837,7 @@ def test_unknown_keys_survive(status):
     envelope = status.take("/spool/m1")
     spoolgore.begin(envelope["To"][0])
     spoolgore.deferred(envelope["To"][0], "451 later", NOW)
-    status.rest("/spool/m1")
+    status.rest("/spool/m1", envelope)
     status.save()
     recipient = addressee(attempts=1, error="451 later", moment="2026-11-24T06:41:00.000000Z", Ticket={"no": 5})
     assert saved_entries(status) == {"/spool/m1": envelope_to(recipient, Owner="ops", Tags=["a", None])}
@@ -1917,7 +1917,7 @@ def deliver_one(status, path, address):
     spoolgore.begin(recipient)
     spoolgore.delivered(recipient)
     status.delivered(path, address)
-    status.rest(path)
+    status.rest(path, envelope)
 
 
 def states_of(status, path):
@@ -3483,6 +3483,216 @@ def test_who_has_a_renamed_mail_is_known_after_a_kill(spool, scripted, start):
     daemon = start("-smtpaddr", relay.address)
     daemon.send("SIGURG")
     assert [received.recipients for received in relay.mails.wait_for(2)] == [["b@x.org"], ["a@x.org"]]
+
+
+LATER = b"451 4.3.0 later\r\n"
+
+
+def rename(spool, old, new):
+    (spool / old).rename(spool / new)
+
+
+def has_seen_everything(spool, daemon):
+    """Wait until the daemon has looked at all names that turned up so far."""
+    put(spool, "last", mail(None))
+    daemon.wait_for("last has no recipients")
+    (spool / "last").unlink()
+
+
+@pytest.mark.parametrize("away", ["m2", ".m1", "../m1"])
+@pytest.mark.parametrize("moment", ["at once", "waiting", "before the relay answers"])
+def test_who_has_a_mail_is_known_when_it_comes_back_under_any_name(spool, scripted, start, away, moment):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: LATER if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address)
+    gate.wait()
+    if moment == "before the relay answers":
+        rename(spool, "m1", away)
+    gate.opened.set()
+    daemon.wait_for("successfully sent to b@x.org")
+    if moment == "waiting":
+        daemon.wait_for_recipient("m1", "a@x.org", Attempts=1)
+    if moment != "before the relay answers":
+        rename(spool, "m1", away)
+    if away != "m2":
+        has_seen_everything(spool, daemon)
+        rename(spool, away, "m2")
+    daemon.wait_for_recipient("m2", "b@x.org", Status=2)
+    relay.replies = {}
+    daemon.send("SIGURG")
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and daemon.status() == {}
+    assert [received.recipients for received in relay.mails.items] == [["b@x.org"], ["a@x.org"]]
+
+
+@pytest.mark.parametrize(
+    "renames",
+    [
+        [("m1", ".x"), ("m2", "m1"), (".x", "m2")],  # they change places
+        [("m2", "m3"), ("m1", "m2")],
+        [("m1", "m3"), ("m2", "m1")],
+        [("m1", "m3"), ("m3", "m4"), ("m2", "m3")],
+    ],
+)
+def test_names_that_change_hands_in_mid_transaction(spool, scripted, start, renames):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate, "RCPT": lambda line: LATER if b"late" in line else None}
+    for number in "12":
+        put(spool, f"m{number}", mail(f"at.once{number}@x.org, late{number}@x.org", body=f"{number}\n"))
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("sending mail to", 4)
+    gate.wait()
+    for old, new in renames:
+        rename(spool, old, new)
+    gate.opened.set()
+    daemon.wait_for("SMTP error", 2)
+    has_seen_everything(spool, daemon)
+    relay.replies = {}
+    daemon.send("SIGURG")
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and daemon.status() == {}
+    sent = sorted((received.content[-3:-2], received.recipients[0]) for received in relay.mails.items)
+    assert sent == [(n, f"{who}{n.decode()}@x.org") for n in (b"1", b"2") for who in ("at.once", "late")]
+
+
+def test_a_renamed_mail_has_its_turn_under_rate(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org, b@x.org, c@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-rate", "1/s")
+    gate.wait()
+    rename(spool, "m1", "m2")
+    gate.opened.set()
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and daemon.status() == {}
+    assert [received.recipients for received in relay.mails.items] == [["a@x.org"], ["b@x.org"], ["c@x.org"]]
+
+
+def test_who_has_a_renamed_mail_is_known_after_a_stop_in_mid_transaction(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"RCPT": lambda line: LATER if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address, python=changed("STOP_SECONDS = 10 ", "STOP_SECONDS = 0.2 "))
+    daemon.wait_for_recipient("m1", "a@x.org", Attempts=1)
+    relay.replies = {"RCPT": gate}
+    daemon.send("SIGURG")
+    gate.wait()
+    rename(spool, "m1", "m2")
+    assert daemon.stop() == 0 and list(daemon.status()) == ["m2"]
+    assert {address: entry["Status"] for address, entry in daemon.recipients("m2").items()} == {
+        "a@x.org": 0,
+        "b@x.org": 2,
+    }
+    gate.opened.set()
+
+
+@pytest.mark.parametrize("size", [10, 2 * spoolgore.CHUNK])
+def test_a_file_whose_time_is_set_in_a_transaction_that_sent_nothing_is_the_same_mail(spool, scripted, start, size):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"RCPT": lambda line: LATER if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org, b@x.org", body="x" * size))
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for_recipient("m1", "a@x.org", Attempts=1)
+    relay.replies = {"RCPT": lambda line: gate(line) or LATER}
+    daemon.send("SIGURG")
+    gate.wait()
+    os.utime(spool / "m1", (NOW, NOW))
+    gate.opened.set()
+    daemon.wait_for_recipient("m1", "a@x.org", Attempts=2)
+    assert daemon.recipients("m1")["b@x.org"]["Status"] == 2 and len(relay.mails.items) == 1
+
+
+def test_not_all_partly_delivered_mails_are_remembered(spool, status, monkeypatch):
+    monkeypatch.setattr(spoolgore, "MET_LIMIT", 2)
+    spooler = spooler_of(spool, status)
+    for number in range(4):
+        (spool / f"m{number}").write_text(mail("a@x.org, b@x.org"))
+        path = str(spool / f"m{number}")
+        with spooler.spool.claim(path, os.lstat(path), NOW, closed=True).file as file:
+            claimed = spoolgore.Mail(path, file, 0, 1, spoolgore.identity(os.lstat(path)))
+            spooler.remember(claimed, envelope_to(addressee(status=2 if number else 0), addressee()))
+    assert [os.path.basename(path) for path, _ in spooler.met.values()] == ["m2", "m3"]
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "/proc"])
+def test_where_a_renamed_file_is(spool, monkeypatch, lacks):
+    if lacks == "/proc":
+        monkeypatch.setattr(os, "readlink", lambda path: os.stat("no such file"))
+    (spool / "m1").write_text(mail())
+    the_spool, path = spoolgore.Spool(str(spool)), str(spool / "m1")
+    claimed = the_spool.claim(path, os.lstat(path), NOW, closed=True)
+    with claimed.file:
+        rename(spool, "m1", "m2")
+        assert the_spool.renamed(claimed) == str(spool / "m2") and the_spool.is_somewhere(claimed)
+        put(spool, "m1", mail("another@x.org"))
+        assert the_spool.renamed(claimed) == str(spool / "m2")
+        rename(spool, "m2", ".m2")
+        assert the_spool.renamed(claimed) is None and the_spool.is_somewhere(claimed)
+        (spool / ".m2").unlink()
+        assert the_spool.renamed(claimed) is None and not the_spool.is_somewhere(claimed)
+
+
+@pytest.mark.parametrize(
+    "way, events, pause",
+    [
+        ("written", ["CREATE"], spoolgore.QUIET_SECONDS),
+        ("written", ["CREATE", "CLOSE_WRITE"], spoolgore.GRACE_SECONDS),
+        ("written", ["CLOSE_WRITE"], spoolgore.GRACE_SECONDS),
+        ("written", ["MOVED_TO"], None),
+        ("written", ["CREATE", "CLOSE_WRITE", "MOVED_TO"], None),
+        ("linked", ["CREATE"], None),
+    ],
+)
+def test_what_is_written_in_place_is_left_alone_for_a_moment(spool, status, way, events, pause):
+    """It may be a temporary name, as of all that a writer makes: if its file is sent, the next one may be removed."""
+    spooler, path = spooler_of(spool, status), str(spool / "m1")
+    (spool / "m1").write_text(mail())
+    if way == "linked":
+        os.link(path, spool / "m2")
+    for event in events:
+        spooler.noticed(spoolgore.Watch, getattr(spoolgore.Watch, event), "m1")
+    assert list(spooler.fresh) == ([] if pause else [path])
+    assert spooler.resting == ({path: NOW + pause} if pause else {})
+
+
+def test_what_is_given_up_while_suspended_is_put_aside_when_the_file_can_know(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"RCPT": lambda line: LATER if b"a@x.org" in line else None}
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-fail5xx")
+    daemon.wait_for_recipient("m1", "a@x.org", Attempts=1)
+    relay.replies = {"RCPT": lambda line: gate(line) or b"550 5.1.1 no such user\r\n"}
+    daemon.send("SIGURG")
+    gate.wait()
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended")
+    gate.opened.set()
+    daemon.wait_for("giving up")
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended", 2)  # behind whatever was done with the mail
+    daemon.kill()
+    assert names(spool) == ["m1"] and given_up(spool) == []
+    relay.replies = {}
+    daemon = start("-smtpaddr", relay.address)
+    daemon.send("SIGURG")
+    relay.wait_for(2)
+    assert [received.recipients for received in relay.mails.items] == [["b@x.org"], ["a@x.org"]]
+
+
+def test_what_was_given_up_while_suspended_is_put_aside_afterwards(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"RCPT": lambda line: gate(line) or b"550 5.1.1 no such user\r\n"}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-fail5xx")
+    gate.wait()
+    daemon.send("SIGTSTP")
+    daemon.wait_for("Spoolgore is suspended")
+    gate.opened.set()
+    daemon.wait_for("giving up")
+    daemon.send("SIGURG")
+    daemon.wait_for("m1 moved to")
+    assert daemon.stop() == 0 and list(daemon.status()) == ["m1"] == given_up(spool)
 
 
 def test_mails_that_are_written_in_place_and_then_renamed_arrive_once(spool, relay, start):
