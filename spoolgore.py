@@ -151,6 +151,7 @@ LAST_WORDS_SECONDS = 1  # for what a relay said before it stopped listening
 CONNECTION_SECONDS = 300  # a connection's life
 PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is down
 LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
+SILENT_SECONDS = 60  # a relay of which nothing was heard for so long, and that takes no connection, is down
 CAP_SECONDS = 30  # how long a relay's limit on connections is believed
 SPARE_DESCRIPTORS = 30  # for the lock, the status, inotify, the interpreter
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
@@ -1587,7 +1588,7 @@ class Connection(smtplib.SMTP):
         self.uses = 0
         self.pipelining = self.chunking = False  # what the relay offers
         self.size_limit, self.mail_parameters = 0, ""  # the latter with a place for the mail's size
-        self.born = self.used = time.monotonic()
+        self.born = self.used = self.heard = time.monotonic()
 
     # -- opening
 
@@ -1666,6 +1667,8 @@ class Connection(smtplib.SMTP):
     def send(self, data):
         """Write a command or content; the whole of it must be taken within the time limit."""
         data = data.encode("utf-8") if isinstance(data, str) else data
+        if self.buffer:  # whatever it means, the next reply would be taken for that to this
+            raise RelayError(f"a reply that was not asked for: {readable(self.buffer[:80])}")
         self._allow(self.seconds)
         try:
             sent = self.sock.send(data)  # nearly always all of it
@@ -1702,6 +1705,7 @@ class Connection(smtplib.SMTP):
                 raise ConnectionResetError("connection closed by the relay")
         except OSError as error:
             raise self._failure(error, " waiting for the relay's reply") from None
+        self.heard = time.monotonic()
         return data
 
     # -- use and end
@@ -1869,7 +1873,15 @@ class Transaction:
         if len(self.replies) <= len(self.addresses):
             self.replies.append(reply)
         else:
-            self.opened, self.final = reply, reply if self.chunked else None
+            self._note_opened(reply)
+
+    def _note_opened(self, reply):
+        """The reply to DATA, or to BDAT with the content. If there is one too many, the last counts, but for 421: to
+        believe an earlier one could lose the mail."""
+        while self.chunked and (more := REPLY.match(self.connection.buffer)) and more[2] != b"421":
+            reply, self.connection.broken = self.connection.reply(), True
+        self.opened, self.final = reply, reply if self.chunked else None
+        self.connection.broken |= self.chunked and reply.code == 354  # it waits for content
 
     def _accepted(self):
         """The addresses whose RCPT was accepted."""
@@ -1879,7 +1891,7 @@ class Transaction:
 
     def _content(self):
         """Behind DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
-        if self.connection.broken or self.opened is None or self.opened.code != 354:
+        if self.connection.broken or self.chunked or self.opened is None or self.opened.code != 354:
             return
         self._send_content()
         self.final = self.connection.reply(FINAL_REPLY_SECONDS)
@@ -2221,8 +2233,9 @@ class Relay:
             self._background.spawn(self._attend)
 
     def _dial_failed(self, error):
-        """With other connections up the relay has enough of us; with none, or when it refuses the login, it is down."""
-        if self.established and not isinstance(error, LoginRefused):
+        """With other connections alive the relay has enough of us; else, or when it refuses the login, it is down."""
+        heard = max((connection.heard for connection in (*self.in_use, *self.idle)), default=-math.inf)
+        if time.monotonic() - heard < SILENT_SECONDS and not isinstance(error, LoginRefused):
             self.cap, self._capped = self.established, time.monotonic()
         elif not self.down:
             self._go_down(error)

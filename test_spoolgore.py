@@ -362,11 +362,15 @@ class ScriptedRelay:
                 self.connections.add(conversation)
                 threading.Thread(target=conversation.run, daemon=True).start()
 
-    def stop(self):
-        """Stop listening, and drop every connection."""
+    def refuse(self):
+        """Stop listening."""
         self.listener.close()
         with contextlib.suppress(OSError):  # wakes accept()
             socket.create_connection(("127.0.0.1", self.port), 1).close()
+
+    def stop(self):
+        """Stop listening, and drop every connection."""
+        self.refuse()
         for conversation in list(self.connections.items):
             conversation.close()
 
@@ -4896,7 +4900,7 @@ def let_run_until(check, what=""):
 class Wire:
     """A connection to an Island."""
 
-    broken, deadline = False, math.inf
+    broken, deadline, heard = False, math.inf, math.inf
 
     def __init__(self, island):
         self.island, self.used = island, time.monotonic()
@@ -5116,6 +5120,54 @@ def test_size_and_8bitmime_are_declared_where_they_are_offered(scripted):
         outcomes, commands = outcomes_from(scripted, extensions, "a@x.org")
         assert commands == [f"MAIL FROM:<app@x.org>{declared}", "RCPT TO:<a@x.org>", "DATA"]
         assert outcomes["a@x.org"].verdict is spoolgore.Verdict.DELIVERED
+
+
+@pytest.mark.parametrize("extensions, verb", [
+    *itertools.product([(), ("PIPELINING",), ("CHUNKING",), ("PIPELINING", "CHUNKING")], ["MAIL", "RCPT"]),
+    *itertools.product([(), ("PIPELINING",)], ["DATA"]),
+])  # fmt: skip
+def test_one_reply_too_many_is_not_taken_for_that_to_the_content(spool, run, scripted, extensions, verb):
+    relay = scripted(extensions=extensions)
+
+    def serve(conversation):
+        send = conversation.send
+
+        def send_one_more(data):
+            send(data)
+            if [line[:4].decode() for line in conversation.commands[-1:]] == [verb] and not data.startswith(b"550"):
+                send(b"250 2.0.0 one more\r\n")
+
+        conversation.send = send_one_more
+        conversation.serve()
+
+    relay.serve = serve
+    relay.replies = {"content": b"550 5.7.1 spam\r\n"}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-timeout", 2, "-smtpaddr", relay.address)
+    assert (
+        daemon.status_code == 75 and names(spool) == ["m1"] and not daemon.log.wait_for(0, re.compile("success").search)
+    )
+    assert daemon.recipients("m1")["a@x.org"]["Attempts"] == 1
+
+
+@pytest.mark.parametrize("extensions", [("CHUNKING",), ("PIPELINING", "CHUNKING")])
+@pytest.mark.parametrize("more, is_taken", [(b"421 4.3.2 closing\r\n", True), (b"550 5.7.1 spam\r\n", False)])
+def test_what_follows_the_reply_to_a_chunk(spool, run, scripted, extensions, more, is_taken):
+    """Of two replies the last counts, since the first may belong to an earlier command; but 421 may always come."""
+    relay = scripted(extensions=extensions)
+    relay.replies = {"content": b"250 2.0.0 taken\r\n" + more}
+    put(spool, "m1", mail("a@x.org"))
+    assert run("-once", "-smtpaddr", relay.address).status_code == (0 if is_taken else 75)
+    assert names(spool) == ([] if is_taken else ["m1"])
+
+
+def test_content_is_not_sent_again_to_a_relay_that_asks_for_it_behind_bdat(spool, run, scripted):
+    relay = scripted(extensions=("PIPELINING", "CHUNKING"))
+    relay.replies = {"content": b"354 go ahead\r\n"}
+    put(spool, "m1", mail("a@x.org", body="RSET\nMAIL FROM:<smuggled@x.org>\n"))
+    assert run("-once", "-timeout", 2, "-smtpaddr", relay.address).status_code == 75
+    commands = [line for conversation in relay.connections.items for line in conversation.commands]
+    assert [line[:4].lower() for line in commands] == [b"ehlo", b"mail", b"rcpt", b"bdat"]
 
 
 def test_a_mail_over_the_relays_limit_is_refused_before_it_is_sent(scripted):
@@ -6155,6 +6207,21 @@ def test_the_first_relay_is_preferred_and_taken_back_when_it_answers_again(spool
     put(spool, "m6", mail())
     second.wait_for(2)
     assert len(first.mails.items) == 4 and len(second.mails.items) == 2
+
+
+def test_a_relay_that_hangs_and_takes_no_other_connection_is_not_waited_for(spool, scripted, start):
+    first, second, gate = scripted(), scripted(), Gate()
+    first.replies = {"content": gate}
+    put(spool, "m1", mail("stuck@x.org"))
+    silent = changed("CAP_SECONDS = 30 ", "SILENT_SECONDS = CAP_SECONDS = 0.2 ")
+    daemon = start("-smtpaddr", f"{first.address},{second.address}", python=silent)
+    gate.wait()
+    first.refuse()
+    put(spool, "m2", mail("other@x.org"))
+    assert second.wait_for(1)[0].recipients == ["other@x.org"]
+    daemon.wait_for(f"relay unavailable, {first.address}: ")
+    gate.opened.set()
+    wait_until(lambda: names(spool) == [])
 
 
 def test_all_relays_down_is_said_of_each(spool, run, scripted):
