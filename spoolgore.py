@@ -161,6 +161,7 @@ NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once
 SPEED_SECONDS = 10  # mails a second are those of this time
 GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, its time or its owner
 MET_LIMIT = 1000  # how many partly delivered mails are recognised when they come by another name
+CLOCK_STEP_SECONDS = 5  # a clock that jumps back by more was set
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
@@ -756,6 +757,13 @@ def requeue(envelope, now):
         if state(recipient) == GIVEN_UP:
             move(recipient, WAITING, recipient["Error"])
             recipient.update(Attempts=0, NextAttempt=format_time(now))
+
+
+def advance(envelope, seconds):
+    """Whoever waits is due so much sooner."""
+    for recipient in recipients(envelope):
+        if state(recipient) == WAITING:
+            recipient["NextAttempt"] = format_time(next_attempt_of(recipient) - seconds)
 
 
 def interrupted(envelope, error=""):
@@ -2863,6 +2871,7 @@ class Spooler:
         self.need = 1  # recipients of the mail whose turn it is, under -rate
         self.deciding = ""  # the mail that was taken up and has not begun, under -rate
         self.next_scan = 0.0
+        self.offset = clock() - time.monotonic()
         self.once_until = clock() + 5 * QUIET_SECONDS  # -once waits for files that are being written, but not for ever
         self.sent = 0
         self.watching = None
@@ -2888,6 +2897,7 @@ class Spooler:
 
     def round(self):
         """Do what is asked for, look, take up what is due, say how we are."""
+        self.check_clock()
         self.act_on_signals()
         self.step()
         self.tell()
@@ -2900,6 +2910,24 @@ class Spooler:
         self.release_due()
         if not self.stopping:
             self.dispatch()
+
+    def check_clock(self):
+        """If the clock was set back, nobody has to wait as much longer."""
+        offset = self.clock() - time.monotonic()
+        back, self.offset = self.offset - offset, offset
+        if back > CLOCK_STEP_SECONDS:
+            log.info("the clock was set back by %s", ago(back))
+            self.set_back(back)
+
+    def set_back(self, seconds):
+        for path, entry in self.status.entries.items():
+            envelope = self.status.peek(path)
+            if not envelope_problem(envelope):
+                advance(envelope, seconds)
+                self.status.entries[path] = envelope if envelope is entry else pack(path, envelope)
+        self.status.changed()
+        self.next_scan = 0.0
+        self.queue_again()
 
     def finished(self):
         if self.stopping:

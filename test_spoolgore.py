@@ -3490,6 +3490,7 @@ def test_who_has_a_renamed_mail_is_known_after_a_kill(spool, scripted, start):
 
 
 LATER = b"451 4.3.0 later\r\n"
+DEFERRED = spoolgore.Outcome(spoolgore.Verdict.DEFERRED, "451 4.3.0 later")
 
 
 def rename(spool, old, new):
@@ -3635,6 +3636,28 @@ def test_where_a_renamed_file_is(spool, monkeypatch, lacks):
         assert the_spool.renamed(claimed) is None and the_spool.is_somewhere(claimed)
         (spool / ".m2").unlink()
         assert the_spool.renamed(claimed) is None and not the_spool.is_somewhere(claimed)
+
+
+@pytest.mark.parametrize("step, due", [(-7200, 60 - 7200), (-1, 60), (7200, 60)])
+def test_a_clock_that_is_set_back_makes_nobody_wait_longer(spool, status, step, due):
+    clock = [NOW]
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    spooler = spooler_of(spool, status)
+    spooler.clock = lambda: clock[0]
+    verdicts = {"a@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED), "b@x.org": DEFERRED}
+    spooler.relay.send = lambda sender, addresses, message: verdicts
+    status.commit = lambda: None
+    path = str(spool / "m1")
+    spooler.handle(path)
+    status.entries[str(spool / "m2")] = spoolgore.pack("m2", "no entry")
+    spooler.next_scan = NOW + 10
+    clock[0] += step
+    spooler.check_clock()
+    soon = pytest.approx(due, abs=PATIENCE)  # real time goes on meanwhile
+    assert spooler.resting[path] - NOW == soon and spooler.next_scan == (0.0 if step == -7200 else NOW + 10)
+    delivered, waiting = spoolgore.recipients(status.peek(path))
+    assert [spoolgore.next_attempt_of(each) - NOW for each in (delivered, waiting)] == [0, soon]
+    assert status.peek(str(spool / "m2")) == "no entry"
 
 
 @pytest.mark.parametrize(
