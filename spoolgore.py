@@ -520,7 +520,7 @@ class Message:
 
     def __init__(self, file, size):
         self.file, self._size, self._streamed = file, size, (0, 0)  # octets, and their checksum
-        chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
+        chunks = unix_lines(self._read) if size >= CHUNK else iter([whole_text(file, size)])
         header, rest = split_header(chunks)
         fields = address_fields(header)
         self.from_field, self.sender = parse_sender(fields)
@@ -533,12 +533,12 @@ class Message:
         return self._size if self.whole is None else len(self.whole)
 
     def is_unchanged(self):
-        """Whether the file still says what it said when it was read, or streamed last."""
+        """Whether the file still says what it said: all of it if whole, else the header and what was streamed last."""
         self.file.seek(0)
-        if self.whole is None:
-            octets, expected = self._streamed
-            return expected == off_the_hub(checksum, self.file.read, octets)
         try:
+            if self.whole is None:
+                octets, before = self._streamed
+                return before == off_the_hub(checksum_of, self.file.read, octets)
             again = Message(self.file, self._size)
         except (BadMessage, OSError):
             return False
@@ -569,7 +569,7 @@ class Message:
         return data
 
 
-def checksum(read, octets):
+def checksum_of(read, octets):
     """Of the first octets that read(size) gives."""
     total = 0
     while data := read(min(octets, CHUNK)):
@@ -759,10 +759,10 @@ def requeue(envelope, now):
             recipient.update(Attempts=0, NextAttempt=format_time(now))
 
 
-def advance(envelope, seconds):
-    """Whoever waits is due so much sooner."""
+def advance(envelope, seconds, now):
+    """Whoever waits for his time has it so much sooner."""
     for recipient in recipients(envelope):
-        if state(recipient) == WAITING:
+        if state(recipient) == WAITING and next_attempt_of(recipient) > now:
             recipient["NextAttempt"] = format_time(next_attempt_of(recipient) - seconds)
 
 
@@ -1437,6 +1437,8 @@ class Spool:
     def remove(self, mail, links):
         """Remove a mail that was delivered. Raises OSError."""
         paths = self.names(mail, links)
+        if not paths:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), mail.path)
         mail.file.close()  # Windows removes and renames no file that is open
         for path in paths:
             os.unlink(path)
@@ -1457,7 +1459,8 @@ class Spool:
         mail.file.close()
         os.rename(mail.path, target)
         for path in others:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
         return target
 
 
@@ -1517,6 +1520,10 @@ class RelayDown(Exception):
 
 class RelayError(OSError):
     """The conversation cannot go on."""
+
+
+class RelayRefused(RelayError):
+    """The relay is there, and does not want this connection."""
 
 
 class LoginRefused(RelayError):
@@ -1620,7 +1627,7 @@ class Connection(smtplib.SMTP):
     @staticmethod
     def _expect(reply):
         if not reply.ok:
-            raise RelayError(str(reply))
+            raise RelayRefused(str(reply))
 
     def _greet(self):
         code, text = self.ehlo()
@@ -1682,6 +1689,7 @@ class Connection(smtplib.SMTP):
             sent = self.sock.send(data)  # nearly always all of it
             if sent < len(data):
                 self.sock.sendall(memoryview(data)[sent:])
+            self.heard = time.monotonic()  # or it took what was in the way
         except OSError as error:
             raise self._failure(error, ", the relay does not read what it is sent") from None
 
@@ -2242,11 +2250,15 @@ class Relay:
 
     def _dial_failed(self, error):
         """With other connections alive the relay has enough of us; else, or when it refuses the login, it is down."""
-        heard = max((connection.heard for connection in (*self.in_use, *self.idle)), default=-math.inf)
-        if time.monotonic() - heard < SILENT_SECONDS and not isinstance(error, LoginRefused):
+        if self._is_alive(error) and not isinstance(error, LoginRefused):
             self.cap, self._capped = self.established, time.monotonic()
         elif not self.down:
             self._go_down(error)
+
+    def _is_alive(self, error):
+        """Whether the connections that there are can be believed in."""
+        heard = max((connection.heard for connection in (*self.in_use, *self.idle)), default=-math.inf)
+        return self.established > 0 and (isinstance(error, RelayRefused) or time.monotonic() - heard < SILENT_SECONDS)
 
     def _wait(self):
         """Until there may be a connection, or the relay may take more of them than it did."""
@@ -2843,7 +2855,8 @@ class Spooler:
     """Owns the queue: scan, pick up, deliver, settle. All times are seconds since 1970, from clock().
 
     A path that is known is in one place: in line (fresh, retries, ahead) or in flight (then it is in busy too), or it
-    rests until a time (resting), until the relay is up (held), or until its file changes (stuck).
+    rests until a time (resting), until the relay is up (held), or until its file changes (stuck). When a file in flight
+    is renamed, opened has its new name, which may be in line as well; busy has the one that it came by.
     """
 
     def __init__(self, options, spool, status, turnstile, clock=time.time):
@@ -2866,7 +2879,7 @@ class Spooler:
         self.closed = {}  # path -> whether its writer was seen to close it, or to move it here
         self.owners = {}  # inode -> the name that counts, of files with several
         self.opened = {}  # inode -> the name that its file has, of each mail in flight
-        self.met = {}  # identity -> (path, packed entry) of some files that wait, or are away, and that somebody has
+        self.met = {}  # identity -> (path, packed entry): partly delivered mails that wait or are away
         self.said = {}  # what was complained about -> the text
         self.need = 1  # recipients of the mail whose turn it is, under -rate
         self.deciding = ""  # the mail that was taken up and has not begun, under -rate
@@ -2912,7 +2925,7 @@ class Spooler:
             self.dispatch()
 
     def check_clock(self):
-        """If the clock was set back, nobody has to wait as much longer."""
+        """Times are the wall clock's: when it is set back, they have to follow."""
         offset = self.clock() - time.monotonic()
         back, self.offset = self.offset - offset, offset
         if back > CLOCK_STEP_SECONDS:
@@ -2923,9 +2936,10 @@ class Spooler:
         for path, entry in self.status.entries.items():
             envelope = self.status.peek(path)
             if not envelope_problem(envelope):
-                advance(envelope, seconds)
+                advance(envelope, seconds, self.clock())
                 self.status.entries[path] = envelope if envelope is entry else pack(path, envelope)
         self.status.changed()
+        self.once_until -= seconds
         self.next_scan = 0.0
         self.queue_again()
 
@@ -3118,14 +3132,14 @@ class Spooler:
         elif self.spool.named([name]):
             self.closed[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.closed_at_birth(path)
             if self.is_new(path) or (self.closed[path] and path in self.resting and path not in self.status):
-                self.take_up(path, mask & watch.MOVED_TO, mask & watch.CLOSE_WRITE)
+                self.take_up(path, was_moved=mask & watch.MOVED_TO)
 
-    def take_up(self, path, was_moved, was_written):
+    def take_up(self, path, was_moved):
         """A new name: a mail that was moved or linked here is whole, and goes at once."""
         if was_moved or self.closed[path] is None:
             self.enqueue(path, self.fresh)
         else:
-            self.later(path, self.clock() + (GRACE_SECONDS if was_written else QUIET_SECONDS))
+            self.later(path, self.clock() + GRACE_SECONDS)
 
     @staticmethod
     def closed_at_birth(path):
@@ -3326,14 +3340,15 @@ class Spooler:
         self.later(path, self.clock() + retry_delay(1))
 
     def hold_open(self, mail, seen):
-        """See the mail through: if it comes by another name meanwhile, that has to wait."""
+        """Deliver it, one greenlet per file: another name of it has to wait."""
         inode = mail.identity[:2]
-        if inode in self.opened or not self.owns(mail):
-            self.later(mail.path, self.clock() + max(1, self.options.freq))
-            return
+        if inode in self.opened:
+            return self.later(mail.path, self.clock() + QUIET_SECONDS)
+        if not self.owns(mail):
+            return self.later(mail.path, self.clock() + max(1, self.options.freq))
         self.opened[inode] = mail.path
         try:
-            self.open_mail(mail, seen)
+            return self.open_mail(mail, seen)
         finally:
             del self.opened[inode]
 
@@ -3368,8 +3383,7 @@ class Spooler:
         """The mail's entry: its own, the one it had under another name or when it was given up, or a new one. Raises
         CorruptStatus."""
         path, now, aside = mail.path, self.clock(), self.spool.failed_path(mail.path)
-        if self.met and path not in self.status:
-            self.recognise(mail)
+        self.recognise(mail)
         is_back = path not in self.status and aside in self.status and not os.path.lexists(aside)
         if is_back:
             self.status.rename(aside, path)
@@ -3385,15 +3399,21 @@ class Spooler:
 
     def recognise(self, mail):
         """A file that was here under another name: who has it already does not get it again."""
-        path, packed = self.met.pop(mail.identity, (None, None))
-        if path:
+        if mail.identity in self.met and not self.has_recipients(mail.path):
+            path, packed = self.met.pop(mail.identity)
             if path in self.status and not os.path.lexists(path):
                 self.status.drop(path)
             self.status.adopt(mail.path, unpack(packed))
 
+    def has_recipients(self, path):
+        """Whether there is an entry, and not only to say why its file could not be read."""
+        entry = self.status.peek(path) if path in self.status else {}
+        return not isinstance(entry, dict) or any(entry.get(key) for key in FIELDS)
+
     def remember(self, mail, envelope):
-        """So that it is recognised, if somebody has it and others have not."""
+        """So that it is recognised, if anybody has it."""
         if any(state(recipient) == DELIVERED for recipient in recipients(envelope)):
+            self.met.pop(mail.identity, None)  # the latest stand last
             self.met[mail.identity] = (mail.path, pack(mail.path, envelope))
             if len(self.met) > MET_LIMIT:
                 del self.met[next(iter(self.met))]
@@ -3408,14 +3428,16 @@ class Spooler:
         except RelayDown:
             self.settle(mail, message, envelope, relay_down=True)
         except OutOfTurn:
-            if forced:
-                self.forced.add(mail.path)
             self.status.commit_deliveries(mail.path)
             if self.spool.links(mail):
+                self.forced.update([mail.path] if forced else [])
+                self.remember(mail, envelope)
                 raise
+            self.need = 1  # the next in line may be any
             self.settle(mail, message, envelope)
         except BaseException:
             interrupted(envelope)  # else those in flight would stay so until the next start
+            self.remember(mail, envelope)
             if not self.spool.links(mail):
                 self.settle(mail, message, envelope)
             raise
@@ -3523,7 +3545,7 @@ class Spooler:
         path, flushes = mail.path, self.flushes
         while mail and not self.try_to_settle(mail, envelope, relay_down):
             mail = self.follow(mail, message, envelope)
-        if mail and mail.path in self.resting and self.flushes > flushes:  # it was not among what the flush found
+        if mail and mail.path in self.resting and self.flushes > flushes:  # in no queue when the flush looked
             self.forced.add(mail.path)
             self.later(mail.path, 0.0)
         if not (mail and mail.path == path) and os.path.lexists(path):  # what stands in its place is another mail
@@ -3538,20 +3560,17 @@ class Spooler:
         links = self.spool.links(mail)
         if not links:
             return False
-        if end == GIVEN_UP and self.suspended:  # nothing is on the disk: that it was given up would be forgotten
-            self.later(path, 0.0)
-        elif end != WAITING:
-            return self.try_to_remove(mail, links, envelope, self.put_aside if end == GIVEN_UP else self.finish)
-        elif relay_down and self.relay.down:
-            self.remember(mail, envelope)
+        if end == DELIVERED or (end == GIVEN_UP and not self.suspended):
+            return self.try_to_remove(mail, links, envelope, self.finish if end == DELIVERED else self.put_aside)
+        self.remember(mail, envelope)
+        if relay_down and self.relay.down:
             self.held.append(path)
-        else:
-            self.remember(mail, envelope)
+        else:  # or given up while suspended: that is not on the disk, and its file must not go before
             self.later(path, next_attempt(envelope))
         return True
 
     def commit(self, path, end):
-        """Before anything else is done with the mail, the file knows who has it."""
+        """Before anything else is done with the mail, the status file knows who has it."""
         if end == GIVEN_UP:
             self.status.commit()
         else:
@@ -3564,6 +3583,7 @@ class Spooler:
         except OSError as error:
             if not self.spool.links(mail):  # it was renamed or removed a moment ago
                 return False
+            self.remember(mail, envelope)
             self.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
             self.later(mail.path, self.clock() + retry_delay(1))
             self.status.changed()

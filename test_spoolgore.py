@@ -3574,6 +3574,88 @@ def test_a_renamed_mail_has_its_turn_under_rate(spool, scripted, start):
     assert [received.recipients for received in relay.mails.items] == [["a@x.org"], ["b@x.org"], ["c@x.org"]]
 
 
+@pytest.mark.parametrize("why", ["rate", "deferred", "cannot be removed"])
+@pytest.mark.parametrize("is_shown", [False, True])
+def test_who_has_a_mail_is_known_whatever_it_waits_for_when_it_is_renamed(spool, status, monkeypatch, why, is_shown):
+    """Also when an entry has been made for its new name, to say why that could not be read at first."""
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    spooler, sent = spooler_of(spool, status, *(["-rate", "1/h"] if why == "rate" else [])), []
+    spooler.spool.lock()
+
+    def send(sender, addresses, message):
+        sent.extend(addresses)
+        done = spoolgore.Outcome(spoolgore.Verdict.DELIVERED)
+        return {address: DEFERRED if (why, address) == ("deferred", "b@x.org") else done for address in addresses}
+
+    spooler.relay.send = send
+    status.commit = lambda: None
+    with monkeypatch.context() as patch:
+        if why == "cannot be removed":
+            patch.setattr(os, "unlink", lambda path: os.stat("no such file"))
+        spooler.handle(str(spool / "m1"))
+    before = [spoolgore.state(each) for each in spoolgore.recipients(status.peek(str(spool / "m1")))]
+    rename(spool, "m1", "m2")
+    if is_shown:
+        spooler.show(str(spool / "m2"), "unable to read mail file, Too many open files")
+    spooler.gone(str(spool / "m1"))
+    spooler.handle(str(spool / "m2"))
+    assert sent == (["a@x.org"] if why == "rate" else ["a@x.org", "b@x.org"])
+    if why == "cannot be removed":
+        assert names(spool) == [] and len(status.entries) == 0
+    else:
+        assert [spoolgore.state(each) for each in spoolgore.recipients(status.peek(str(spool / "m2")))] == before
+        assert "Error" not in status.peek(str(spool / "m2")) and len(status.entries) == 1
+
+
+def test_a_mail_that_is_changed_and_renamed_in_mid_transaction_goes_soon(spool, scripted, start):
+    relay, gate = scripted(), Gate()
+    relay.replies = {"MAIL": gate}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = start("-smtpaddr", relay.address, "-freq", 3600)
+    gate.wait()
+    with open(spool / "m1", "a") as file:
+        file.write("More.\n")
+    rename(spool, "m1", "m2")
+    has_seen_everything(spool, daemon)
+    gate.opened.set()
+    assert relay.wait_for(2)[1].content.endswith(b"More.\r\n")
+
+
+@pytest.mark.parametrize("part", ["header", "body"])
+def test_what_is_known_of_a_large_file_that_may_have_changed(tmp_path, part):
+    path = tmp_path / "m1"
+    path.write_text(mail("a@x.org", body="x" * 3 * spoolgore.CHUNK))
+    with open(path, "r+b", buffering=0) as file:
+        message = spoolgore.Message(file, path.stat().st_size)
+        assert message.is_unchanged()
+        file.seek(0 if part == "header" else -1, os.SEEK_END if part == "body" else os.SEEK_SET)
+        file.write(b"f" if part == "header" else b"y")
+        assert message.is_unchanged() == (part == "body")  # of which nothing was sent
+        for _ in message.content():
+            pass
+        assert message.is_unchanged()
+        file.seek(-2, os.SEEK_END)
+        file.write(b"z")
+        assert not message.is_unchanged()
+
+
+def test_a_link_that_is_gone_when_a_mail_is_put_aside(spool, monkeypatch):
+    (spool / "m1").write_text(mail())
+    the_spool, path = spoolgore.Spool(str(spool)), str(spool / "m1")
+    claimed = the_spool.claim(path, os.lstat(path), NOW, closed=True)
+    monkeypatch.setattr(the_spool, "names", lambda mail, links: [path, str(spool / "m2")])
+    assert the_spool.put_aside(claimed, 2) == str(spool / ".failed" / "m1") and given_up(spool) == ["m1"]
+
+
+def test_no_name_to_remove_is_not_a_removed_mail(spool, monkeypatch):
+    (spool / "m1").write_text(mail())
+    the_spool, path = spoolgore.Spool(str(spool)), str(spool / "m1")
+    claimed = the_spool.claim(path, os.lstat(path), NOW, closed=True)
+    monkeypatch.setattr(the_spool, "names", lambda mail, links: [])
+    with claimed.file, pytest.raises(FileNotFoundError):
+        the_spool.remove(claimed, 2)
+
+
 def test_who_has_a_renamed_mail_is_known_after_a_stop_in_mid_transaction(spool, scripted, start):
     relay, gate = scripted(), Gate()
     relay.replies = {"RCPT": lambda line: LATER if b"a@x.org" in line else None}
@@ -3638,6 +3720,14 @@ def test_where_a_renamed_file_is(spool, monkeypatch, lacks):
         assert the_spool.renamed(claimed) is None and not the_spool.is_somewhere(claimed)
 
 
+def test_only_what_lies_ahead_is_advanced():
+    times = ["0001-01-01T00:00:00Z", spoolgore.format_time(NOW - 5), spoolgore.format_time(NOW + 60)]
+    envelope = envelope_to(*(addressee(moment=moment) for moment in times), addressee(status=2, moment=times[2]))
+    spoolgore.advance(envelope, 7200, NOW)
+    found = [each["NextAttempt"] for each in spoolgore.recipients(envelope)]
+    assert found == [*times[:2], spoolgore.format_time(NOW + 60 - 7200), times[2]]
+
+
 @pytest.mark.parametrize("step, due", [(-7200, 60 - 7200), (-1, 60), (7200, 60)])
 def test_a_clock_that_is_set_back_makes_nobody_wait_longer(spool, status, step, due):
     clock = [NOW]
@@ -3663,7 +3753,7 @@ def test_a_clock_that_is_set_back_makes_nobody_wait_longer(spool, status, step, 
 @pytest.mark.parametrize(
     "way, events, pause",
     [
-        ("written", ["CREATE"], spoolgore.QUIET_SECONDS),
+        ("written", ["CREATE"], spoolgore.GRACE_SECONDS),
         ("written", ["CREATE", "CLOSE_WRITE"], spoolgore.GRACE_SECONDS),
         ("written", ["CLOSE_WRITE"], spoolgore.GRACE_SECONDS),
         ("written", ["MOVED_TO"], None),
@@ -6245,6 +6335,22 @@ def test_a_relay_that_hangs_and_takes_no_other_connection_is_not_waited_for(spoo
     daemon.wait_for(f"relay unavailable, {first.address}: ")
     gate.opened.set()
     wait_until(lambda: names(spool) == [])
+
+
+@pytest.mark.parametrize("heard, error, is_down", [
+    (0, ConnectionRefusedError("refused"), False),
+    (-3600, ConnectionRefusedError("refused"), True),
+    (-3600, spoolgore.RelayRefused("421 too many"), False),
+    (0, spoolgore.LoginRefused("535 no"), True),
+])  # fmt: skip
+def test_a_dial_that_fails_beside_a_connection(heard, error, is_down):
+    relay = spoolgore.Relay("a relay", None, 10)
+    connection = spoolgore.Connection(spoolgore.Address("127.0.0.1", 25), 1)
+    connection.heard = time.monotonic() + heard
+    relay.in_use, relay.established = {connection}, 1
+    relay._dial_failed(error)
+    relay.close()
+    assert bool(relay.down) == is_down and relay.cap == (10 if is_down else 1)
 
 
 def test_all_relays_down_is_said_of_each(spool, run, scripted):
