@@ -537,8 +537,8 @@ class Message:
         self.file.seek(0)
         try:
             if self.whole is None:
-                octets, before = self._streamed
-                return before == off_the_hub(checksum_of, self.file.read, octets)
+                octets, checksum = self._streamed
+                return checksum == off_the_hub(checksum_of, self.file.read, octets)
             again = Message(self.file, self._size)
         except (BadMessage, OSError):
             return False
@@ -564,7 +564,7 @@ class Message:
 
     def _read(self, octets):
         data = self.file.read(octets)
-        before, checksum = self._streamed
+        before, checksum = self._streamed  # octets, and theirs
         self._streamed = (before + len(data), zlib.crc32(data, checksum))
         return data
 
@@ -1005,6 +1005,15 @@ class Status:
         if self.entries.get(path) is envelope:
             self.drop(path)
 
+    def advance(self, seconds, now):
+        """Everybody who waits for his time has it so much sooner."""
+        for path, entry in self.entries.items():
+            envelope = self.peek(path)
+            if not envelope_problem(envelope):
+                advance(envelope, seconds, now)
+                self.entries[path] = envelope if envelope is entry else pack(path, envelope)
+        self.changed()
+
     # -- the file
 
     def load(self):
@@ -1201,6 +1210,12 @@ def identity(status):
 def signature(status):
     """What changes whenever a file, its content or its permissions do. status: of os.lstat, or None."""
     return status and identity(status) + (status.st_ctime_ns, status.st_mode)
+
+
+def leads_to(path, known):
+    """Whether a path is a name of the file of this identity."""
+    status = look(path)
+    return status is not None and identity(status) == known
 
 
 def look(path):
@@ -1400,11 +1415,10 @@ class Spool:
         """Every name that the mail's file has in the spool: one mail, however many links it has."""
         if links == 1:
             return [mail.path]
-        same = self.named(self._names_of_inode(mail))
-        return [path for path in same if self.links(mail._replace(path=path))]
+        return [path for path in self.named(self._names_of_inode(mail)) if leads_to(path, mail.identity)]
 
     def touched(self, mail, message):
-        """The mail as it is by now, if nothing but its file's time is another: cp -p and others set it late."""
+        """The mail as it is by now, if nothing but its file's time is another: some copiers set it last."""
         if mail.file.closed:
             return None
         now = identity(os.fstat(mail.file.fileno()))
@@ -1416,7 +1430,7 @@ class Spool:
         for names in (self._name_of_handle, self._names_of_inode, self._names_of_inode):  # a listing may just miss it
             with contextlib.suppress(OSError, ValueError):
                 for path in self.named(names(mail)):
-                    if (status := look(path)) and identity(status) == mail.identity:
+                    if leads_to(path, mail.identity):
                         return path
         return None
 
@@ -1689,7 +1703,7 @@ class Connection(smtplib.SMTP):
             sent = self.sock.send(data)  # nearly always all of it
             if sent < len(data):
                 self.sock.sendall(memoryview(data)[sent:])
-            self.heard = time.monotonic()  # or it took what was in the way
+            self.heard = time.monotonic()  # a sign of life: a large mail is taken piece by piece
         except OSError as error:
             raise self._failure(error, ", the relay does not read what it is sent") from None
 
@@ -1973,8 +1987,7 @@ class Security:
         self.user = options.smtpuser or options.smtpmd5user
         self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
         self._password, self._fallback = passwords(options, environ, self.cram_only)
-        self._command, self._output = options.smtppasswordcommand, None
-        self._seconds = options.timeout
+        self._output = None  # of the password command
         self._helo = options.helo
         self._options = options
         if options.tlsca or options.tlscert:
@@ -1990,7 +2003,9 @@ class Security:
         """The name for EHLO, looked up at the first connection; empty when this machine has no full one."""
         if not self._helo:
             name = ""
-            with gevent.Timeout(self._seconds, False):  # a name server that is away is no reason to wait for ever
+            with gevent.Timeout(
+                self._options.timeout, False
+            ):  # a name server that is away is no reason to wait for ever
                 name = socket.getfqdn()
             self._helo = name if "." in name and not name.startswith("localhost") else " "
         return self._helo.strip()
@@ -2030,17 +2045,17 @@ class Security:
             authenticate(connection, mechanism, self.user, self.password())
         except LoginRefused:
             self._output = None
-            if not self._command or fresh:
+            if not self._options.smtppasswordcommand or fresh:
                 raise
             authenticate(connection, mechanism, self.user, self.password())
 
     def password(self):
         """The password or token: by a flag, else by the command, else by the environment. The command is asked at the
         first login, and after one that was refused."""
-        if self._password or not self._command:
+        if self._password or not self._options.smtppasswordcommand:
             return self._password or self._fallback
         if self._output is None:
-            self._output = first_line_of(self._command, self._seconds)
+            self._output = first_line_of(self._options.smtppasswordcommand, self._options.timeout)
         return self._output
 
 
@@ -2250,15 +2265,15 @@ class Relay:
 
     def _dial_failed(self, error):
         """With other connections alive the relay has enough of us; else, or when it refuses the login, it is down."""
-        if self._is_alive(error) and not isinstance(error, LoginRefused):
+        alive = isinstance(error, RelayRefused) or self._silence() < SILENT_SECONDS
+        if self.established and alive and not isinstance(error, LoginRefused):
             self.cap, self._capped = self.established, time.monotonic()
         elif not self.down:
             self._go_down(error)
 
-    def _is_alive(self, error):
-        """Whether the connections that there are can be believed in."""
-        heard = max((connection.heard for connection in (*self.in_use, *self.idle)), default=-math.inf)
-        return self.established > 0 and (isinstance(error, RelayRefused) or time.monotonic() - heard < SILENT_SECONDS)
+    def _silence(self):
+        """Seconds since anything was heard on any connection; infinity when there is none."""
+        return time.monotonic() - max((each.heard for each in (*self.in_use, *self.idle)), default=-math.inf)
 
     def _wait(self):
         """Until there may be a connection, or the relay may take more of them than it did."""
@@ -2933,12 +2948,7 @@ class Spooler:
             self.set_back(back)
 
     def set_back(self, seconds):
-        for path, entry in self.status.entries.items():
-            envelope = self.status.peek(path)
-            if not envelope_problem(envelope):
-                advance(envelope, seconds, self.clock())
-                self.status.entries[path] = envelope if envelope is entry else pack(path, envelope)
-        self.status.changed()
+        self.status.advance(seconds, self.clock())
         self.once_until -= seconds
         self.next_scan = 0.0
         self.queue_again()
@@ -3580,6 +3590,8 @@ class Spooler:
         """False when its file is not there; else it goes now, or later: its entry remembers that it is settled."""
         try:
             remove(mail, links, envelope)
+            self.owners.pop(mail.identity[:2], None)
+            self.met.pop(mail.identity, None)
         except OSError as error:
             if not self.spool.links(mail):  # it was renamed or removed a moment ago
                 return False
@@ -3612,19 +3624,13 @@ class Spooler:
         """Everybody has it: the file goes, and its entry. Raises OSError."""
         self.spool.remove(mail, links)
         self.status.release(mail.path, envelope)
-        self.forget(mail)
         self.sent += 1
 
     def put_aside(self, mail, links, envelope):
         """Some were given up: the file goes to .failed, and its entry with it. Raises OSError."""
         aside = self.spool.put_aside(mail, links)
         self.move(mail, aside, envelope)
-        self.forget(mail)
         log.error("%s moved to %s", mail.path, aside)
-
-    def forget(self, mail):
-        self.owners.pop(mail.identity[:2], None)
-        self.met.pop(mail.identity, None)
 
     # -- complaints, each once
 
