@@ -81,7 +81,8 @@ import base64
 import collections
 import contextlib
 import ctypes
-import email.utils
+import email.errors
+import email.header
 import enum
 import errno
 import functools
@@ -105,9 +106,11 @@ import stat
 import struct
 import sys
 import time
+import unicodedata
 import zlib
 from collections import deque
 from datetime import datetime, timezone
+from encodings.idna import nameprep
 from typing import NamedTuple
 
 import docopt
@@ -381,20 +384,21 @@ class BadMessage(Exception):
 # goes on to the next LF without a blank behind it, found by .*? since a group for each folded line takes memory for it.
 NO_FIELD = re.compile(rb"\n(?![!-9;-~]+[ \t]*:|(?<!\A\n)[ \t])[^\n]*")
 VALUE = rb"[ \t]*:(.*?)(?=\n(?![ \t])|\Z)"
-ADDRESS_FIELD = re.compile(rb"\n(from|to|cc|bcc)" + VALUE, re.IGNORECASE | re.DOTALL)
-BCC = re.compile(rb"\nbcc" + VALUE, re.IGNORECASE | re.DOTALL)
-UNQUOTED_NAME = re.compile(  # linear: words are tried from their start only, and an open quotation ends the text
-    r'("(?:[^"\\]|\\.)*(?:"|\\?\Z))|(?<![^\s,:;<>"()])((?=[^\s,:;<>"()@]+@)[^\s,:;<>"()]+)(?=\s*<)'
-)
-NO_DOMAIN = re.compile(r"@(?=\s*(?:[,;>]|\Z))")
-PLACEHOLDER = "\x7f"  # a domain that no relay is told of
+FIELD = re.compile(rb"\n([!-9;-~]+)" + VALUE, re.DOTALL)
+ADDRESS_FIELD = re.compile(rb"\n(from|(?:resent-)?(?:to|cc|bcc))" + VALUE, re.IGNORECASE | re.DOTALL)
+BCC = re.compile(rb"\n(?:resent-)?bcc" + VALUE, re.IGNORECASE | re.DOTALL)
+SENDERS = ("from", "resent-from", "resent-sender")
+RESENT_TO = ("resent-to", "resent-cc", "resent-bcc")
+NO_HEADER_YET = re.compile(rb"(?:\xef\xbb\xbf)?(?:From [^\n]*(?:\n|\Z))?")  # a byte order mark; mbox's first line
 ATOM = r"[\w!#$%&'*+/=?^`{|}~-]+"
 PLAIN = re.compile(rf"{ATOM}(?:\.{ATOM})*@[\w-]+(?:\.[\w-]+)*", re.ASCII)
 PLAIN_MAILBOX = re.compile(rf"([A-Za-z0-9 ]*<)?({PLAIN.pattern})(?(1)>)", re.ASCII)
 QUOTED_LOCAL = re.compile(r'"(?:[^"\\<>\x00-\x1f\x7f]|\\[ -;=?-~])+"')
 PLAIN_LOCAL = re.compile(r'[^\s"(),:;<>@\[\\\]\x00-\x1f\x7f]+')
-DOMAIN = re.compile(r'[^\s"(),;<>@\\\x00-\x1f\x7f]+')
-LENIENT = {"strict": False} if hasattr(email.utils, "supports_strict_parsing") else {}
+LABEL = r"[^\x00-,./:-@\[-^`{-\x7f\s]+"  # letters, digits, hyphen, underscore, and all that is not ASCII
+DOMAIN = re.compile(rf"{LABEL}(?:\.{LABEL})*|\[[^\s\[\]\\\x00-\x1f\x7f]+\]")
+KEPT_BY_2008 = re.compile("([\u00df\u03c2\u200c\u200d])")  # sharp s, final sigma, the joiners; RFC 5894 7.2
+TOO_LONG = f"longer than {ADDRESS_LIMIT} octets"
 
 
 def unix_lines(read, octets=CHUNK):
@@ -416,21 +420,27 @@ def with_lf(text):
 def split_header(chunks):
     """The header, and the rest from the empty line on, of LF chunks (RFC 5322 2.1).
 
-    Raises BadMessage when the header does not end within HEADER_LIMIT octets.
+    Raises BadMessage when the header does not end within HEADER_LIMIT octets, or the message begins with its end.
     """
-    text = next(chunks, b"")
+    text = joined_until(b"\n", b"", chunks)
+    text = joined_until(b"\n\n", text[NO_HEADER_YET.match(text).end() :], chunks)
     if text.startswith(b"\n"):
-        return b"", text
-    while b"\n\n" not in text[-CHUNK - 2 :] and len(text) <= HEADER_LIMIT and (more := next(chunks, b"")):
-        text += more
+        raise BadMessage("begins with an empty line")
     header, gap, body = text.partition(b"\n\n")
     if len(header) > HEADER_LIMIT:
         raise BadMessage(f"header longer than {HEADER_LIMIT} octets")
     return header.rstrip(b"\n"), gap[1:] + body
 
 
+def joined_until(end, text, chunks):
+    """text and so many of the chunks that end is in it, or that it is too long for a header."""
+    while end not in text[-CHUNK - 2 :] and len(text) <= HEADER_LIMIT and (more := next(chunks, b"")):
+        text += more
+    return text
+
+
 def address_fields(header):
-    """(lower-case name, value) of each From, To, Cc and Bcc.
+    """(lower-case name, value) of each From, To, Cc and Bcc; of the topmost Resent fields if any names a recipient.
 
     Raises BadMessage for a line that is no field, in the original's words.
     """
@@ -439,8 +449,24 @@ def address_fields(header):
     lines = b"\n" + header
     if wrong := NO_FIELD.search(lines):
         line = wrong[0][1:81].decode("utf-8", "replace")
-        raise BadMessage(f"malformed MIME header: missing colon: {json.dumps(line, ensure_ascii=False)}")
-    return [(match[1].lower().decode(), unfolded(match[2])) for match in ADDRESS_FIELD.finditer(lines)]
+        raise BadMessage(f"malformed MIME header: missing colon: {shown(line)}")
+    fields = [(match[1].lower().decode(), unfolded(match[2])) for match in ADDRESS_FIELD.finditer(lines)]
+    return resent_fields(lines) if any(name.startswith("resent-") for name, _ in fields) else fields
+
+
+def resent_fields(lines):
+    """The topmost block of Resent fields, by the names that they stand for; From where it has none (RFC 5322 3.6.6)."""
+    fields = [(match[1].lower().decode(), unfolded(match[2])) for match in FIELD.finditer(lines)]
+    of_block = itertools.dropwhile(lambda field: not field[0].startswith("resent-"), fields)
+    block = {}
+    for name, value in itertools.takewhile(lambda field: field[0].startswith("resent-"), of_block):
+        if name in block and name in RESENT_TO:
+            raise BadMessage(f'"{name.title()}" header: twice in one block')
+        if name in block:  # the next block
+            break
+        block[name] = value
+    found = [(name, block[name]) for name in ("resent-sender", "resent-from", *RESENT_TO) if name in block]
+    return found + [field for field in fields if field[0] == "from"]
 
 
 def unfolded(value):
@@ -449,25 +475,147 @@ def unfolded(value):
 
 
 def without_bcc(header):
-    """The header that is sent: every field as it is, but for Bcc."""
+    """The header that is sent: every field as it is, but for Bcc and Resent-Bcc."""
     kept = BCC.sub(b"", b"\n" + header)[1:]
     return kept and kept + b"\n"
 
 
-def parse_addresses(text):
-    """The bare addresses of an address list (RFC 5322 3.4), groups and comments included.
+# An address list (RFC 5322 3.4), as people write it. Where it can be read in two ways it is not read at all: a mail
+# that is held can be corrected, one that went to a part of its recipients cannot. What a quotation, a comment or an
+# encoded word holds is masked before the list is looked at, so that no part of it is taken for the list's.
 
-    ``bob@x <alice@y>`` is alice: an unquoted address before an angle address is a display name.
+MASKED = re.compile(
+    r'"(?:[^"\\]|\\.)*"|["(]|=\?[^?\s@]+\?[bq]\?[^?\s@]*\?=|(?<=@)\[[^\[\]\s]*\]', re.IGNORECASE | re.DOTALL
+)
+PARENTHESIS = re.compile(r"\\.|[()]", re.DOTALL)
+SEPARATOR = re.compile(r"<[^<>]*>|&#?\w+;|[,;]")  # R&amp;D is a name
+WITH_COLON = re.compile(r"<[^<>]*>|&#?\w+;|\bmailto:", re.IGNORECASE)
+GROUP = re.compile(r"(\A|,)([^,;:@<>]*:)([^;:]*);(?=[ \t]*(?:,|\Z))")
+WORD = re.compile(r"\S+")
+ENCODED_WORD = re.compile(r"=\?[^?\s]+\?[bq]\?[^?\s]*\?=", re.IGNORECASE)
+
+
+def parse_addresses(text):
+    """The bare addresses of ``list = [item] *(("," / ";") [item])``. Raises BadMessage if it may mean anything else."""
+    if plain := plain_address(text):
+        return [plain]
+    return [address_of(*item) for item in items_of(text)]
+
+
+def plain_address(text):
+    """The address, if there is nothing else but a plain name: nearly always, and in a twentieth of the time."""
+    plain = PLAIN_MAILBOX.fullmatch(text)
+    return plain[2] if plain and "=?" not in text else ""
+
+
+def items_of(text):
+    """(item, the same masked) of each that is not empty: ``item = *(quotation / comment / "<" *any ">" / any)``."""
+    cover, start = without_groups(text, masked(text)), 0
+    ends = [match.start() for match in SEPARATOR.finditer(cover) if match[0] in (",", ";")]
+    for end in [*ends, len(text)]:
+        if not re.fullmatch(r"(?:[^@<>]*:)?\s*", cover[start:end]):  # nothing, a comment, or "undisclosed-recipients:"
+            yield text[start:end], cover[start:end]
+        start = end + 1
+
+
+def masked(text):
+    """Text of the same length, each comment blank, each ``quotation = DQUOTE *any DQUOTE`` filled with underscores."""
+    parts, end = [], 0
+    while match := MASKED.search(text, end):
+        start, is_comment = match.start(), match[0] == "("
+        if text[start - 1 : start] == "\\":
+            raise BadMessage(f"a backslash outside a quotation: {shown(text[start - 1 :])}")
+        parts.append(text[end:start])
+        end = end_of_comment(text, start) if is_comment else match.end()
+        parts.append(" " * (end - start) if is_comment else masked_quotation(text, start, end))
+    cover = "".join([*parts, text[end:]])
+    if ")" in cover and re.search('[",;]', cover):  # a part of the list was in that comment, or in a quotation
+        raise BadMessage(f"a comment without beginning: {shown(text)}")
+    return cover
+
+
+def without_groups(text, cover):
+    """The members of each ``group = name ":" [list] ";"``, all else of it blank. Raises BadMessage if one has no end.
+
+    Without colons a semicolon is Outlook's comma; one item's name may have a colon.
     """
-    if plain := PLAIN_MAILBOX.fullmatch(text):  # nearly all there are, and a twentieth of the time
-        return [plain[2]]
-    text = UNQUOTED_NAME.sub(lambda match: match[1] or f'"{match[2]}"', text)
-    text = NO_DOMAIN.sub("@" + PLACEHOLDER, text)  # else email drops this recipient, and nobody hears of it
+    outside = WITH_COLON.sub("", cover)
+    if ":" not in outside or not re.search("[,;]", outside):
+        return cover
+    cover = GROUP.sub(lambda match: f"{match[1]}{' ' * len(match[2])}{match[3]} ", cover)
+    if re.search("[:;]", WITH_COLON.sub("", cover)):
+        raise BadMessage(f"a group without end, or a semicolon in place of a comma: {shown(text)}")
+    return cover
+
+
+def masked_quotation(text, start, end):
+    """A quotation that stands by itself: ``5" disk, 3" disk`` is none, so what is in it must not look like a list."""
+    if end - start == 1:
+        raise BadMessage(f"a quotation without end: {shown(text[start:])}")
+    before, after = text[start - 1 : start], text[end : end + 1]
+    is_word = before not in " \t,;:<(" or after not in " \t,;:<>(@"
+    if text[start] == '"' and is_word and re.search(r"[,;<>@]", text[start:end]):
+        raise BadMessage(f"a quotation in the middle of a word: {shown(text[start:])}")
+    return text[start] + "_" * (end - start - 2) + text[start]
+
+
+def end_of_comment(text, start):
+    """``comment = "(" *(comment / any) ")"``. Returns where the one that begins at start ends. Raises BadMessage."""
+    depth = 0
+    for match in PARENTHESIS.finditer(text, start):
+        depth += {"(": 1, ")": -1}.get(match[0], 0)
+        if not depth:
+            return match.end()
+    raise BadMessage(f"a comment without end: {shown(text[start:])}")
+
+
+def address_of(item, cover):
+    """The address of an item. Raises BadMessage if it may have two: a comma that was forgotten makes one a name."""
+    start, end = span_of_address(cover)
+    address = bare_address(item, cover, start, end)
+    name = cover[: max(0, start - 1)]
+    if name.rfind("<") > name.rfind(">") and not re.search(r"\S\s", name[name.rfind("<") + 1 :]):  # <jo<e@example.org>
+        raise BadMessage(f"not an address: {shown(item.strip())}")
+    for word in name.split():
+        if "@" in word[1:-1] and word.strip("'<>[]:").lower() != address.lower():
+            raise BadMessage(f"two addresses without a comma between: {shown(item.strip())}")
+    return address
+
+
+def span_of_address(cover):
+    """Where the address is in ``item = [name] "<" address ">" / address``."""
+    end = len(cover.rstrip())
+    if cover[:end].endswith(">") and (start := cover.rfind("<", 0, end)) >= 0:
+        return start + 1, end - 1
+    return 0, end
+
+
+def bare_address(item, cover, start, end):
+    """The ``[comment] ["mailto:"] local-part "@" domain [comment]`` there. Raises BadMessage for anything else."""
+    words = [item[match.start() : match.end()] for match in WORD.finditer(cover, start, end)]
+    if len(words) != 1:
+        raise BadMessage(f"not an address: {shown(item.strip())}")
+    if "@" not in cover[start:end]:
+        raise BadMessage(f"an address without a domain: {shown(item.strip())}")
+    bare = words[0][7:] if words[0][:7].lower() == "mailto:" else words[0]
+    address = ENCODED_WORD.sub(decoded_word, bare)
+    if (problem := address_problem(address)) and problem != TOO_LONG:
+        raise BadMessage(f"{problem}: {shown(item.strip())}")
+    return address
+
+
+def decoded_word(match):
+    """``encoded-word`` (RFC 2047) in an address: Python's email writes one for letters that are not ASCII."""
     try:
-        found = email.utils.getaddresses([text], **LENIENT)
-        return [address.rstrip(PLACEHOLDER) for _, address in found if address]
-    except RecursionError:
-        raise BadMessage("comments nested too deep") from None
+        ((octets, charset),) = email.header.decode_header(match[0])
+        return octets.decode(charset)
+    except (LookupError, ValueError, email.errors.MessageError):
+        return match[0] + " "  # no address has a space
+
+
+def shown(text):
+    """The beginning of a text from a mail, quoted, for an error."""
+    return json.dumps(text[:80].encode("utf-8", "replace").decode(), ensure_ascii=False)
 
 
 def unique(addresses, seen):
@@ -488,27 +636,57 @@ def address_problem(address):
         return ""
     local, at, domain = address.rpartition("@") if "@" in address else (address, "", "")
     try:
-        if len(address.encode()) > ADDRESS_LIMIT:
-            return f"longer than {ADDRESS_LIMIT} octets"
+        octets = len(address.encode())
     except UnicodeEncodeError:
         return "not UTF-8"
     if not (PLAIN_LOCAL.fullmatch(local) or QUOTED_LOCAL.fullmatch(local)):
         return "bad local part"
-    return "bad domain" if at and not DOMAIN.fullmatch(domain) else ""
+    if at and not DOMAIN.fullmatch(domain):
+        return "bad domain"
+    return TOO_LONG if octets > ADDRESS_LIMIT else ""
 
 
 def wire_address(address):
-    """The address as it stands in MAIL and RCPT: a domain that is not ASCII goes as IDNA (RFC 5891).
+    """The address as it stands in MAIL and RCPT: a local part that is no dot-atom is quoted (RFC 5321 4.1.2), a domain
+    that is not ASCII goes as IDNA 2008 (RFC 5891).
 
     What is not ASCII in the result needs SMTPUTF8 (RFC 6531). Raises ValueError for an impossible domain.
     """
-    local, at, domain = address.rpartition("@")
-    if address.isascii() or not at:
-        return address
-    wire = domain.encode("idna").decode("ascii")
-    if not DOMAIN.fullmatch(wire):  # IDNA makes ASCII of some letters that look like it, brackets and spaces among them
-        raise ValueError(f"it means {json.dumps(wire)}")
-    return local + at + wire
+    local, at, domain = address.rpartition("@") if "@" in address else (address, "", "")
+    if local and local[0] != '"' and (local[0] == "." or local[-1] == "." or ".." in local):
+        local = f'"{local}"'  # docomo gave its customers such addresses
+    if not domain.isascii():
+        domain = ".".join(map(wire_label, re.split("[.\u3002\uff0e\uff61]", domain)))
+        if not DOMAIN.fullmatch(domain):  # some letters become brackets and spaces
+            raise ValueError(f"it means {json.dumps(domain)}")
+    return local + at + domain
+
+
+def wire_label(label):
+    """One label of a domain in ASCII. Raises ValueError.
+
+    Python's codec is IDNA 2003: it takes another letter for four, or none, and so another's domain. Labels with these
+    are encoded here, as RFC 5891 4 and RFC 5892 2.6 have it.
+    """
+    label = unicodedata.normalize("NFKC", label.replace("\u1e9e", "\u00df"))
+    if not KEPT_BY_2008.search(label):
+        return label.encode("idna").decode("ascii")
+    if not all(joiner_fits(label, match.start()) for match in KEPT_BY_2008.finditer(label)):
+        raise ValueError("a joiner between letters that do not join")
+    wire = "".join(part if KEPT_BY_2008.match(part) else nameprep(part) for part in KEPT_BY_2008.split(label))
+    wire = "xn--" + wire.encode("punycode").decode("ascii")
+    if len(wire) > 63:
+        raise ValueError("a label longer than 63 octets")
+    return wire
+
+
+def joiner_fits(label, at):
+    """Whether the letter there is no invisible joiner, or one where RFC 5892 A.1 and A.2 allow it."""
+    joiner, before, after = label[at], label[at - 1 : at], label[at + 1 : at + 2]
+    if joiner not in "\u200c\u200d" or (before and unicodedata.combining(before) == 9):
+        return True
+    arabic = [letter and unicodedata.bidirectional(letter) == "AL" for letter in (before, after)]
+    return joiner == "\u200c" and all(arabic)
 
 
 class Message:
@@ -591,21 +769,53 @@ def with_crlf(text):
 
 
 def parse_sender(fields):
-    """The From field as it stands, and the address for MAIL: the first one, or the null sender."""
-    text = next((text for name, text in fields if name == "from"), "")
-    sender = next(iter(parse_addresses(text)), "")
-    if problem := sender and address_problem(sender):
-        raise BadMessage(f'"From" header: {problem}: {json.dumps(sender[:80])}')
+    """The sender's field as it stands, and the address for MAIL: the first that has a domain, or the null sender.
+
+    Raises BadMessage when there is only something else.
+    """
+    name, text = next((field for field in fields if field[0] in SENDERS), ("", ""))
+    with naming(name):
+        sender = first_address(text)
+        if len(sender.encode()) > ADDRESS_LIMIT:
+            raise BadMessage(f"{TOO_LONG}: {shown(sender)}")
     return text, sender
 
 
+@contextlib.contextmanager
+def naming(name):
+    """Put the field's name before what is wrong with its value."""
+    try:
+        yield
+    except BadMessage as error:
+        raise BadMessage(f'"{name.title()}" header: {error}') from None
+
+
+def first_address(text):
+    """The address of the first item that has one; "" if there is nothing, or an empty one. Raises BadMessage."""
+    if plain := plain_address(text):
+        return plain
+    failure = None
+    for item, cover in items_of(text):
+        start, end = span_of_address(cover)
+        if cover[start - 1 : start] == "<" and not cover[start:end].strip():
+            return ""
+        try:
+            return bare_address(item, cover, start, end)
+        except BadMessage as error:
+            failure = failure or error
+    if failure:
+        raise failure
+    return ""
+
+
 def parse_recipients(fields):
-    """A dict of the addresses in To, Cc and Bcc; an address stands in the first of them only."""
+    """A dict of the addresses in To, Cc and Bcc; an address stands in the first of them only. Raises BadMessage."""
     found, seen = {"to": [], "cc": [], "bcc": []}, set()
     for name, text in fields:
-        if name in found:
-            found[name] += parse_addresses(text)
-    return {key: unique(found[key.lower()], seen) for key in ("To", "Cc", "Bcc")}
+        if (key := name.rpartition("-")[2]) in found:
+            with naming(name):
+                found[key] += parse_addresses(text)
+    return {key: unique(found[key.lower()], seen) for key in FIELDS}
 
 
 def dot_stuffed(chunks):

@@ -795,26 +795,143 @@ ADDRESS_LISTS = [
     ("Jörg <j@x.org>", ["j@x.org"]),
     ("undisclosed-recipients:;", []),
     ("Team: a@x.org, B <b@x.org>;, c@x.org", ["a@x.org", "b@x.org", "c@x.org"]),
-    ("One: a@x.org; Two:; b@x.org", ["a@x.org", "b@x.org"]),
+    ("One: a@x.org;, Two:;, b@x.org", ["a@x.org", "b@x.org"]),
     ("a@x.org (Alice, of <evil@x.org>)", ["a@x.org"]),
     ("(comment (nested) \\) more) a@x.org", ["a@x.org"]),
-    ("a@x.org <b@y.org>", ["b@y.org"]),
-    ("a@x.org   <b@y.org>, c@x.org <d@y.org>", ["b@y.org", "d@y.org"]),
+    ("a@x.org <A@x.org>, 'b@x.org' <b@x.org>, <c@x.org> <c@x.org>", ["A@x.org", "b@x.org", "c@x.org"]),
     ('"a@x.org" <b@y.org>', ["b@y.org"]),
     ('"a b"@x.org', ['"a b"@x.org']),
     ("a@[192.0.2.1], b@[IPv6:2001:db8::1]", ["a@[192.0.2.1]", "b@[IPv6:2001:db8::1]"]),
     ("o'brien+tag=1@x.org", ["o'brien+tag=1@x.org"]),
     ("jörg@bücher.example", ["jörg@bücher.example"]),
-    ("root", ["root"]),
-    ("<>", []),
-    ("b@x.org, nosuch@ , <nosuch2@>", ["b@x.org", "nosuch@", "nosuch2@"]),
     ('"a@, b" <c@x.org> (d@)', ["c@x.org"]),
+    # a name is whatever it is made of
+    ("[Ticket #1] Foo <a@x.org>, [Ticket #2] <b@x.org>", ["a@x.org", "b@x.org"]),
+    ("RE: Foo <b@x.org>", ["b@x.org"]),
+    ("Smile :) <e@x.org>", ["e@x.org"]),
+    ("Foo @ Bar Inc <a@x.org>, @joe <b@x.org>, joe@ <c@x.org>", ["a@x.org", "b@x.org", "c@x.org"]),
+    ("R&amp;D <a@x.org>, O&#39;Brien <b@x.org>, Q&A; c@x.org", None),
+    ("R&amp;D <a@x.org>; O&#39;Brien <b@x.org>", ["a@x.org", "b@x.org"]),
+    ("<b>Joe</b> <joe@x.org>", ["joe@x.org"]),
+    (
+        "Al <3 Bo <al@x.org>, A < B <b@x.org>, C > D <c@x.org>",
+        ["al@x.org", "b@x.org", "c@x.org"],
+    ),
+    ("DOMAIN\\joe <a@x.org>", ["a@x.org"]),
+    ('Jane "JD" Doe <j@x.org>, Say "Hi"! <h@x.org>, 5"x3" Disks <d@x.org>', ["j@x.org", "h@x.org", "d@x.org"]),
+    ("=?utf-8?Q?Doe,_J?= <j@x.org>", ["j@x.org"]),
+    # other separators and forms
+    ("a@x.org; b@x.org;", ["a@x.org", "b@x.org"]),
+    ('"Doe; Jane" <a@x.org>; <b@x.org>, c@x.org', ["a@x.org", "b@x.org", "c@x.org"]),
+    ("Joe <mailto:joe@x.org>, MAILTO:bob@x.org", ["joe@x.org", "bob@x.org"]),
+    ("Team: a@x.org, b@[IPv6:2001:db8::1];, c@x.org", ["a@x.org", "b@[IPv6:2001:db8::1]", "c@x.org"]),
+    ("Team:a@x.org,b@x.org;,One:;", ["a@x.org", "b@x.org"]),
+    ("undisclosed-recipients:", []),
+    ('"My: team": a@x.org, "b c"@x.org;', ["a@x.org", '"b c"@x.org']),
+    ("Joe < joe@x.org (home) >", ["joe@x.org"]),
+    ("a..b@docomo.ne.jp, .a@x.org, Al <a.@x.org>", ["a..b@docomo.ne.jp", ".a@x.org", "a.@x.org"]),
+    # encoded words in an address, as Python's email writes them
+    ("=?utf-8?q?j=C3=B6rg?=@x.org", ["jörg@x.org"]),
+    ("J <=?utf-8?b?asO2cmc=?=@=?utf-8?q?b=C3=BCcher?=.example>", ["jörg@bücher.example"]),
+    ("=?iso-8859-1?q?j=F6?==?us-ascii?q?rg?=@x.org", ["jörg@x.org"]),
+    # in doubt, nobody is served
+    ('Bob 5" Floppy <bob@x.org>, alice@x.org', None),
+    ('Bob 5" Floppy <bob@x.org>, Al 3" Disk <al@x.org>', None),
+    ('"Bob <bob@x.org>, alice@x.org', None),
+    ('B "" C" <bob@x.org>, "Al" <al@x.org>', None),
+    ('"a@x.org, b@x.org"', None),
+    ("alice@x.org (a, bob@x.org", None),
+    ("alice@x.org a), bob@x.org", None),
+    ("alice@x.org, <bob@x.org carol@x.org>", None),
+    ("<alice@x.org, bob@x.org>", None),
+    ("Joe <joe@x.org, Al <al@x.org>", None),
+    ("Joe joe@x.org>, Al <al@x.org>", None),
+    ("alice@x.org bob@x.org", None),
+    ("alice@x.org <bob@x.org>", None),
+    ("<alice@x.org> <bob@x.org>", None),
+    ("<alice@x.org><bob@x.org>", None),
+    ('"b c"@x.org <alice@x.org>', None),
+    ('"a@x.org, (" ) <b@x.org>', None),
+    ("<jo<e@x.org>, bob@x.org", None),
+    ("<(home) <oe@x.org>", None),
+    ("Team: A <a@x.org>, b@x.orga", None),
+    (".@b, ) <a@x.org>", None),
+    ('<"a;@x.org>, (b">\\(>)<c@x.org>', None),
+    ("jo:e@x.org, bob@x.org", None),
+    ("Team: a@x.org, b@x.org", None),
+    ("Team: a@x.org; b@x.org", None),
+    ("Team: A <a@x.org>, ;b@x.org;", None),
+    ("Team: a@x.org, jo:e@x.org;", None),
+    ("alice@x.org: bob@x.org", None),
+    ("alice@x.org: Bob <bob@x.org>;", None),
+    ("joe@exa mple.org", None),
+    ("joe@x.org Joe", None),
+    ("Joe joe@x.org", None),
+    ("<joe@x.org> Joe", None),
+    ("joe @ x.org", None),
+    ("joe(comment)@x.org", None),
+    ("root", None),
+    ("root, alice@x.org", None),
+    ("Root <root>", None),
+    ("Acme, Inc. <billing@x.org>", None),
+    ("al,ice@x.org", None),
+    ("alice@x,.org", None),
+    ("alice@x.o;rg", None),
+    ("<>", None),
+    ("Joe <>, alice@x.org", None),
+    ("b@x.org, nosuch@", None),
+    ("b@x.org, <nosuch@>", None),
+    ("@x.org", None),
+    ("joe@x.org.", None),
+    ("joe@.x.org", None),
+    ("joe@x..org", None),
+    ("joe@x.org>", None),
+    ("joe@x.org?subject=hi", None),
+    ("joe@bob@x.org", None),
+    ("a\x00b@x.org, alice@x.org", None),
+    ("\udcfc@x.org", None),
+    ("=?utf-8?b?SsO2cmcgPGrDtnJnQHgub3JnPg==?=", None),
+    ("=?utf-8?q?a=2C_b?=@x.org", None),
+    ("=?utf-8?q?a=40y=2Eorg=2Cb?=@x.org", None),
+    ("=?utf-8?q?=0D=0ARCPT?=@x.org", None),
+    ("=?no-such-charset?q?a?=@x.org", None),
+    ("=?utf-8?b?!?=@x.org", None),
+    ("=?utf-8?q?=FF?=@x.org", None),
 ]
 
 
 @pytest.mark.parametrize("text, addresses", ADDRESS_LISTS)
-def test_addresses(text, addresses):
-    assert spoolgore.parse_addresses(text) == addresses
+def test_everybody_in_a_list_is_found_or_nobody(text, addresses):
+    if addresses is None:
+        with pytest.raises(spoolgore.BadMessage, match='".*"'):
+            spoolgore.parse_addresses(text)
+    else:
+        assert spoolgore.parse_addresses(text) == addresses
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("To: alice@x.org, root", '"To" header: an address without a domain: "root"'),
+        ("Cc: joe@exa mple.org", '"Cc" header: not an address: "joe@exa mple.org"'),
+        ("Bcc: x (y", '"Bcc" header: a comment without end: "(y"'),
+        ('To: Bob 5" <bob@x.org>', '"To" header: a quotation without end: "\\" <bob@x.org>"'),
+        ("To: al@x.org <bob@x.org>", '"To" header: two addresses without a comma between: "al@x.org <bob@x.org>"'),
+        ("To: a\x00b@x.org", '"To" header: bad local part: "a\\u0000b@x.org"'),
+        ("To: a@x.org\nTo: b@x..org", '"To" header: bad domain: "b@x..org"'),
+        ("Resent-To: root\nTo: a@x.org", '"Resent-To" header: an address without a domain: "root"'),
+        (
+            "Resent-From: root\nResent-To: b@x.org\nFrom: a@x.org",
+            '"Resent-From" header: an address without a domain: "root"',
+        ),
+        ("Resent-To: a@x.org\nResent-To: b@x.org", '"Resent-To" header: twice in one block'),
+        ("From: root", '"From" header: an address without a domain: "root"'),
+    ],
+)
+def test_what_is_wrong_with_a_list_names_the_field_and_the_item(text, reason):
+    with pytest.raises(spoolgore.BadMessage) as caught:
+        read_message(f"{text}\n\n")
+    assert str(caught.value) == reason
 
 
 @pytest.mark.parametrize(
@@ -829,11 +946,24 @@ def test_addresses(text, addresses):
         ("To: a@x.org, a@x.org\nCc: a@X.ORG, A <a@x.org>\nBcc: a@x.org, b@x.org", ["a@x.org"], [], ["b@x.org"]),
         ("To: A@x.org, a@x.org", ["A@x.org", "a@x.org"], [], []),  # only the domain is without letter case
         ("To: undisclosed-recipients:;\nBcc: a@x.org", [], [], ["a@x.org"]),
-        ("Subject: To: a@x.org\nX-To: b@x.org\nResent-To: c@x.org", [], [], []),
+        ("Subject: To: a@x.org\nX-To: b@x.org\nX-Resent-To: c@x.org", [], [], []),
         ("Subject: a\n To: a@x.org", [], [], []),
         ("Subject: a\n\nTo: a@x.org", [], [], []),
-        ("\nTo: a@x.org", [], [], []),
-        ("", [], [], []),
+        ("﻿To: a@x.org", ["a@x.org"], [], []),
+        ("From app@x.org Mon Jan  1 00:00:00 2026\nTo: a@x.org", ["a@x.org"], [], []),
+        ("﻿From app@x.org Mon Jan  1\r\nTo: a@x.org", ["a@x.org"], [], []),
+        # the topmost block of Resent fields
+        ("Resent-To: r@x.org\nTo: a@x.org\nCc: b@x.org\nBcc: c@x.org", ["r@x.org"], [], []),
+        ("To: a@x.org\nresent-cc : r@x.org\nResent-Bcc: s@x.org\nCc: b@x.org", [], ["r@x.org"], ["s@x.org"]),
+        (
+            "Resent-From: n@x.org\nResent-To: r@x.org\nReceived: x\nResent-From: o@x.org\nResent-To: old@x.org\nTo: a@x.org",
+            ["r@x.org"],
+            [],
+            [],
+        ),
+        ("Resent-To: r@x.org\nResent-Date: x\nResent-Date: y\nResent-To: old@x.org\nTo: a@x.org", ["r@x.org"], [], []),
+        ("Resent-From: n@x.org\nReceived: x\nResent-To: old@x.org\nTo: a@x.org", [], [], []),
+        ("Resent-From: n@x.org\nResent-Date: x\nTo: a@x.org", ["a@x.org"], [], []),
     ],
 )
 def test_recipients_of_a_mail(header, to, cc, bcc):
@@ -854,6 +984,18 @@ def test_recipients_of_a_mail(header, to, cc, bcc):
         ("Sender: a@x.org", "", ""),
         ("From: =?utf-8?q?M=C3=BCller?= <m@x.org>", "=?utf-8?q?M=C3=BCller?= <m@x.org>", "m@x.org"),
         ("From: jörg@bücher.example", "jörg@bücher.example", "jörg@bücher.example"),
+        ("From: Acme, Inc. <billing@x.org>", "Acme, Inc. <billing@x.org>", "billing@x.org"),
+        ("From: [Shop] Orders <o@x.org>", "[Shop] Orders <o@x.org>", "o@x.org"),
+        ("From: Orders @ Shop <o@x.org>", "Orders @ Shop <o@x.org>", "o@x.org"),
+        ("From: A > B <o@x.org>", "A > B <o@x.org>", "o@x.org"),
+        ("From: a@x.org via B <b@x.org>", "a@x.org via B <b@x.org>", "b@x.org"),
+        ("From: root, Joe <a@x.org>, b@x.org", "root, Joe <a@x.org>, b@x.org", "a@x.org"),
+        ("From: =?utf-8?q?j=C3=B6rg?=@x.org", "=?utf-8?q?j=C3=B6rg?=@x.org", "jörg@x.org"),
+        ("From: Mail System <>", "Mail System <>", ""),
+        ("From: a@x.org\nResent-From: R <r@x.org>\nResent-To: b@x.org", "R <r@x.org>", "r@x.org"),
+        ("Resent-From: r@x.org\nResent-Sender: s@x.org\nResent-To: b@x.org\nFrom: a@x.org", "s@x.org", "s@x.org"),
+        ("Resent-To: b@x.org\nFrom: a@x.org", "a@x.org", "a@x.org"),
+        ("Resent-From: r@x.org\nFrom: a@x.org", "a@x.org", "a@x.org"),
     ],
 )
 def test_sender_is_the_first_bare_address_of_from(header, field, sender):
@@ -870,13 +1012,16 @@ def test_sender_is_the_first_bare_address_of_from(header, field, sender):
         ("To: a@x.org\n: b@x.org", 'malformed MIME header: missing colon: ": b@x.org"'),
         ("Bcc\n : a@x.org", 'malformed MIME header: missing colon: "Bcc"'),
         ("B cc: a@x.org", 'malformed MIME header: missing colon: "B cc: a@x.org"'),
-        ("From app@x.org Mon Jan  1", 'malformed MIME header: missing colon: "From app@x.org Mon Jan  1"'),
+        ("To: a@x.org\nFrom app@x.org Mon Jan  1", 'malformed MIME header: missing colon: "From app@x.org Mon Jan  1"'),
+        ("\nTo: a@x.org", "begins with an empty line"),
+        ("﻿\r\nTo: a@x.org", "begins with an empty line"),
+        ("From app@x.org Mon Jan  1\n\nTo: a@x.org", "begins with an empty line"),
         (b"\xffTo: a@x.org", 'malformed MIME header: missing colon: "\ufffdTo: a@x.org"'),
         ("x" * 1000, f'malformed MIME header: missing colon: "{"x" * 80}"'),
         ('From: "a\x00b"@x.org', '"From" header: bad local part: '),
-        (b"From: \xff@x.org", '"From" header: not UTF-8: '),
+        (b"From: \xff@x.org", '"From" header: not UTF-8: "?@x.org"'),
         (f"From: {'a' * 300}@x.org", '"From" header: longer than 254 octets: '),
-        (f"To: {'(' * 100_000}", "comments nested too deep"),
+        (f"To: {'(' * 100_000}", '"To" header: a comment without end: "((('),
     ],
 )
 def test_what_cannot_be_sent_says_why(header, reason):
@@ -919,7 +1064,7 @@ def base64_of(name):
 
 
 @EXAMPLES
-@given(st.lists(st.tuples(st.sampled_from(["To", "Cc", "Bcc", "TO", "bcc"]), LISTS, FOLDS), max_size=4))
+@given(st.lists(st.tuples(st.sampled_from(["To", "Cc", "Bcc", "TO", "bcc"]), LISTS, FOLDS), min_size=1, max_size=4))
 def test_email_finds_the_same_recipients(fields):
     data = "".join(f"{name}: {fold.join(addresses)}\n" for name, addresses, fold in fields).encode("utf-8", "replace")
     # one at a time: email refuses to repeat these fields
@@ -935,18 +1080,182 @@ def split_fields(data):
     return re.split(r"\n(?=\w)", data.decode().strip()) if data else []
 
 
+class Reader:
+    """A strict reader of address lists (RFC 5322 3.4, without the obsolete syntax), for the test below. It shares no code
+    with the program. Beside the letter of the RFC it takes dots anywhere in a local part, as docomo's customers have them,
+    Outlook's semicolons, and empty items.
+    """
+
+    def __init__(self, text):
+        self.text, self.at = text, 0
+
+    def take(self, pattern):
+        match = re.compile(pattern, re.DOTALL).match(self.text, self.at)
+        self.at = match.end() if match else self.at
+        return match and match[0]
+
+    def need(self, pattern):
+        found = self.take(pattern)
+        if found is None:
+            raise ValueError(f"{pattern} at {self.at}")
+        return found
+
+    def blank(self):
+        while self.take(r"[ \t]+") or self.comment():
+            pass
+
+    def comment(self):
+        if not self.take(r"\("):
+            return False
+        while self.take(r"[^()\\\x00-\x08\x0a-\x1f\x7f]+|\\[^\x00-\x08\x0a-\x1f\x7f]") or self.comment():
+            pass
+        return self.need(r"\)")
+
+    def word(self, pattern=r"[\w!#$%&'*+/=?^`{|}~\u00a1-\U0010ffff-]+"):
+        self.blank()
+        found = self.take(pattern) or self.take(r'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"')
+        self.blank()
+        return found
+
+    def addr_spec(self):
+        local = self.word(r"[\w!#$%&'*+/=?^`{|}~.\u00a1-\U0010ffff-]+")
+        self.need("@" if local else "(?!)")
+        self.blank()
+        atom = r"[\w!#$%&'*+/=?^`{|}~\u00a1-\U0010ffff-]+"
+        domain = self.need(rf"{atom}(?:\.{atom})*|\[[^\[\]\\]*\]")
+        self.blank()
+        return f"{local}@{domain}"
+
+    def one_of(self, *forms):
+        """The first that can be read here."""
+        start = self.at
+        for form in forms:
+            self.at = start
+            with contextlib.suppress(ValueError):
+                return form()
+        raise ValueError(f"nothing at {start}")
+
+    def name_addr(self):
+        while self.word():
+            pass
+        self.need("<")
+        address = self.addr_spec()
+        self.need(">")
+        self.blank()
+        return [address]
+
+    def mailbox(self):
+        return self.one_of(lambda: [self.addr_spec()], self.name_addr)
+
+    def group(self):
+        self.need("" if self.word() else "(?!)")
+        while self.word():
+            pass
+        self.need(":")
+        self.blank()
+        members = self.several(lambda: self.one_of(self.mailbox, self.nothing))
+        self.need(";")
+        self.blank()
+        return members
+
+    def nothing(self):
+        self.blank()
+        return []
+
+    def several(self, form, separator=","):
+        found = form()
+        while self.take(separator):
+            found += form()
+        return found
+
+    def address_list(self):
+        """The addresses, or None of a text that is no such list."""
+        with contextlib.suppress(ValueError):
+            found = self.several(lambda: self.one_of(self.mailbox, self.group, self.nothing), "[,;]")
+            return found if self.at == len(self.text) else None
+        return None
+
+
+class Lists(random.Random):
+    """Address lists in every legal form, and who is meant: a hundred times as many in a second as hypothesis makes."""
+
+    def text(self, alphabet, least, most):
+        return "".join(self.choices(alphabet, k=self.randint(least, most)))
+
+    def odd_text(self):
+        return self.text(' ,;:<>@().ab"\\', 0, 8)
+
+    def comment(self):
+        return "(%s)" % re.sub(r"([\\()])", r"\\\1", self.odd_text())
+
+    def quotation(self):
+        return '"%s"' % re.sub(r'([\\"])', r"\\\1", self.odd_text())
+
+    def name(self):
+        word = self.choice([lambda: self.text("abZ09!&-", 1, 5), self.quotation, self.comment, self.encoded_word])
+        return " ".join(word() for _ in range(self.randint(0, 3)))
+
+    def encoded_word(self):
+        return f"=?utf-8?B?{base64_of(self.text('a,<ü@ ', 1, 8))}?="
+
+    def mailbox(self):
+        local = self.choice([self.text("abcXYZ019-_+'", 1, 5), "a.b", '"a b"', '"a,b"', "ü"])
+        address = f"{local}@{self.choice(['x.org', 'sub.example.com', 'localhost', '[192.0.2.1]', 'ü.org'])}"
+        form = self.choice(
+            ["{0}", "<{0}>", "{1}<{0}>", "{1} <{0}>", "{0} {2}", "{2} {0}", "{1} <{2} {0} >{2}", "<{0}>{2}"]
+        )
+        return form.format(address, self.name(), self.comment()), [address]
+
+    def joined(self, forms, separators):
+        parts = [self.choice(forms)() for _ in range(self.randint(1, 4))]
+        text = parts[0][0] + "".join(self.choice(separators) + text for text, _ in parts[1:])
+        return text, [address for _, addresses in parts for address in addresses]
+
+    def group(self):
+        name = self.choice(["Team", '"a, b"', "A (x) B"])
+        members, addresses = self.joined([self.mailbox], [",", ", ", " , "])
+        return f"{name}: {members};", addresses
+
+    def list(self):
+        with_groups = [self.mailbox, self.group], [",", ", ", " , "]
+        return self.joined(*self.choice([with_groups, ([self.mailbox], [",", ", ", "; "])]))
+
+    def damaged(self, text):
+        """With a character more, another one, or one less."""
+        at, damage = self.randrange(len(text)), self.choice([*' \t,;:<>@()."\\[]', "a", "ü", "\x00", "\x7f", "'", ""])
+        return text[:at] + damage + text[at + (not damage or self.random() < 0.5) :]
+
+
+def test_a_damaged_list_serves_those_who_are_meant_or_nobody():
+    lists, held = Lists(1), 0
+    for _ in range(20_000):
+        text, meant = lists.list()
+        assert spoolgore.parse_addresses(text) == meant
+        damaged = lists.damaged(text)
+        try:
+            found = set(spoolgore.parse_addresses(damaged))
+        except spoolgore.BadMessage:
+            held += 1
+        else:
+            assert found == set(meant) or found == set(Reader(damaged).address_list() or ()), (damaged, found)
+    assert 2_000 < held < 18_000
+
+
 # ------------------------------------------------------ the content of a message
 
 
 def as_sent(data):
     """What a relay must receive, by reading the mail line by line; and whether its header is one."""
-    lines, sent, in_header, dropping, well_formed = re.split(rb"\r\n|\r|\n", data), [], True, False, True
+    lines, sent, in_header, dropping = re.split(rb"\r\n|\r|\n", data.removeprefix(b"\xef\xbb\xbf")), [], True, False
     if lines[-1] == b"":
         lines.pop()
+    if lines and lines[0].startswith(b"From "):
+        del lines[0]
+    well_formed = lines[:1] != [b""]
     for number, line in enumerate(lines):
         in_header = in_header and line != b""
         if in_header and (number == 0 or line[:1] not in b" \t"):
-            dropping = bool(re.match(rb"bcc[ \t]*:", line, re.IGNORECASE))
+            dropping = bool(re.match(rb"(resent-)?bcc[ \t]*:", line, re.IGNORECASE))
             well_formed = well_formed and bool(re.match(rb"[!-9;-~]+[ \t]*:", line))
         if not (in_header and dropping):
             sent.append(line + b"\r\n")
@@ -965,7 +1274,8 @@ def as_sent(data):
         (b"To: a@x.org\n\n", b"To: a@x.org\r\n\r\n"),
         (b"To: a@x.org\n\n\n\n", b"To: a@x.org\r\n\r\n\r\n\r\n"),
         (b"", b"\r\n"),
-        (b"\nHello.", b"\r\nHello.\r\n"),
+        (b"\xef\xbb\xbfTo: a@x.org\n\n\xef\xbb\xbfHello.", b"To: a@x.org\r\n\r\n\xef\xbb\xbfHello.\r\n"),
+        (b"From app@x.org Mon Jan  1\r\nTo: a@x.org\n\nFrom here\n", b"To: a@x.org\r\n\r\nFrom here\r\n"),
         (b"a:b\n\n\r\n\r\r\n\n\r", b"a:b\r\n\r\n\r\n\r\n\r\n\r\n\r\n"),
         (b"a:b\n\n.\n..\n.x\r.\r\n.\n", b"a:b\r\n\r\n.\r\n..\r\n.x\r\n.\r\n.\r\n"),
         (b"a: \xff\x00\x80\n\n\x00\xff\x0b\x0c\x85\n", b"a: \xff\x00\x80\r\n\r\n\x00\xff\x0b\x0c\x85\r\n"),
@@ -985,7 +1295,7 @@ def test_content_is_the_file_with_crlf(data, sent):
         *[
             "Bcc: s@x.org\nBcc: s@x.org\nbCC: s@x.org\n",
             "Bcc: =?utf-8?q?s?= <s@x.org>\n",
-            "Bcc: s@x.org\n To: s@x.org\n",
+            "Bcc: s@x.org (\n To: s@x.org)\n",
         ],
     ],
 )
@@ -1002,7 +1312,7 @@ def test_no_disguise_keeps_a_bcc(field, before, after, size):
 
 
 @pytest.mark.parametrize(
-    "data", ["X-Bcc: a\n\n", "Bcc-Note: a\n\n", "Subject: a\n Bcc: b\n\n", "Resent-Bcc: a\n\n", "A: b\n\nBcc: c\n"]
+    "data", ["X-Bcc: a\n\n", "Bcc-Note: a\n\n", "Subject: a\n Bcc: b\n\n", "X-Resent-Bcc: a\n\n", "A: b\n\nBcc: c\n"]
 )
 def test_what_is_no_bcc_stays(data):
     assert content_of(data).decode() == data.replace("\n", "\r\n")
@@ -1019,28 +1329,32 @@ FRAGMENTS = st.sampled_from(
         b" ",
         b"\t",
         b":",
-        b"Bcc: s@x.org",
-        b"bcc :",
+        b"\nBcc: s@x.org\n",
+        b"\nbcc :\r\n",
         b"To: a@x.org",
         b"X: y",
     ]
-    + [b"Subject: \xff\x00", b"\nBCC:", b"\r\n.\r\n", b"\r\nRCPT TO:<evil@x.org>\r\n", b"text"]
+    + [b"Subject: \xff\x00", b"\nBCC:\n", b"\r\n.\r\n", b"\r\nRCPT TO:<evil@x.org>\r\n", b"text"]
 )
 MAILS = st.one_of(
     st.binary(max_size=40), st.lists(st.one_of(FRAGMENTS, st.binary(max_size=3)), max_size=25).map(b"".join)
 )
-WELL_FORMED_MAILS = st.tuples(
-    st.lists(
-        st.tuples(
-            st.sampled_from([b"X:", b"Bcc:", b"bCC :", b"Subject: \xff", b"Received:\t"]),
-            st.lists(st.sampled_from([b"s@x.org", b" ", b"\n ", b"\r\t", b"\r\n \t", b".", b"\x00"]), max_size=4),
-            st.sampled_from([b"\n", b"\r", b"\r\n"]),
-        ),
-        max_size=5,
+BLANKS = [b" ", b"\n ", b"\r\t", b"\r\n \t"]
+FIELDS = st.one_of(
+    st.tuples(
+        st.sampled_from([b"X:", b"Subject: \xff", b"Received:\t"]),
+        st.lists(st.sampled_from([*BLANKS, b"s@x.org", b".", b"\x00"]), max_size=4).map(b"".join),
     ),
+    st.tuples(
+        st.sampled_from([b"Bcc:", b"bCC :", b"RESENT-BCC:"]),
+        st.lists(st.sampled_from([*BLANKS, b"s@x.org,", b"(.\n \x00)"]), max_size=4).map(b"".join),
+    ),
+).map(b"".join)
+WELL_FORMED_MAILS = st.tuples(
+    st.lists(st.tuples(FIELDS, st.sampled_from([b"\n", b"\r", b"\r\n"])).map(b"".join), max_size=5).map(b"".join),
     st.sampled_from([b"", b"\n", b"\r", b"\r\n"]),
     MAILS,
-).map(lambda parts: b"".join(name + b"".join(value) + end for name, value, end in parts[0]) + parts[1] + parts[2])
+).map(b"".join)
 
 
 @EXAMPLES
@@ -1048,11 +1362,13 @@ WELL_FORMED_MAILS = st.tuples(
 @example(b"Bcc: a\r\n\r\n.", 0)
 def test_content_of_anything(data, more):
     expected, well_formed = as_sent(data)
-    if well_formed:
-        assert content_of(data, len(data) + more) == expected
+    try:
+        content = content_of(data, len(data) + more)
+    except spoolgore.BadMessage as error:
+        assume('" header: ' not in str(error))  # addresses have tests of their own
+        assert not well_formed and re.match("malformed MIME header|begins with an empty line", str(error))
     else:
-        with pytest.raises(spoolgore.BadMessage, match="malformed MIME header"):
-            read_message(data, len(data) + more)
+        assert well_formed and content == expected
 
 
 @EXAMPLES
@@ -1063,16 +1379,20 @@ def test_line_ends_and_header_do_not_depend_on_how_the_file_is_read(data, octets
     def read_again():
         return spoolgore.unix_lines(io.BytesIO(data).read, octets)
 
+    def split(chunks):
+        with contextlib.suppress(spoolgore.BadMessage):
+            header, rest = spoolgore.split_header(chunks)
+            return header, rest + b"".join(chunks)
+        return None
+
     text = re.sub(rb"\r\n?", b"\n", data)
     assert b"".join(read_again()) == text
-    chunks = read_again()
-    header, rest = spoolgore.split_header(chunks)
-    assert (header, rest + b"".join(chunks)) == spoolgore.split_header(iter([text]))
+    assert split(read_again()) == split(iter([text]))
 
 
 @pytest.mark.parametrize("position", ["header", "body"])
 def test_content_of_large_mails_at_every_edge_of_a_chunk(position):
-    tricky = b"\r\n.\r\r\n\n.\n\rx\r\n" if position == "body" else b"A: b\r\nBcc: s@x.org\r\n\ts@x.org\rC:\r\n d\n\r\n"
+    tricky = b"\r\n.\r\r\n\n.\n\rx\r\n" if position == "body" else b"A: b\r\nBcc: s@x.org,\r\n\ts@x.org\rC:\r\n d\n\r\n"
     start = b"To: a@x.org\nX: " + (b"\n\n" if position == "body" else b"")
     for shift in range(len(tricky) + 2):
         padding = b"x" * (spoolgore.CHUNK - len(start) - 1 - shift)
@@ -1129,7 +1449,10 @@ def test_a_strict_relay_receives_the_file_with_crlf_and_without_bcc(scripted, ex
         data = b"From: app@x.org\nTo: a@x.org\n" + data
         expected, well_formed = as_sent(data)
         assume(well_formed)
-        message = read_message(data, len(data) + more)
+        try:
+            message = read_message(data, len(data) + more)
+        except spoolgore.BadMessage:  # addresses have tests of their own
+            assume(False)
         outcomes = connection.transact("app@x.org", ["a@x.org"], message)
         assert outcomes == {"a@x.org": (spoolgore.Verdict.DELIVERED, "250 2.0.0 taken")}
         received = relay.mails.items[-1]
@@ -1251,6 +1574,10 @@ ADDRESS_PROBLEMS = [
     ("a\u2028@x.org", "bad local part"),
     ("a@", "bad domain"),
     ("a@x org", "bad domain"),
+    ("a@x..org", "bad domain"),
+    ("a@x.org.", "bad domain"),
+    ("a..b@x.org", ""),
+    ("a@x_y.org", ""),
     ("a@x.org>", "bad domain"),
     ("a@x.org\r\nDATA", "bad domain"),
     ("a@x\x7f.org", "bad domain"),
@@ -1271,10 +1598,34 @@ def test_addresses_that_cannot_be_spoken(address, problem):
         ("a@bücher.example", "a@xn--bcher-kva.example"),
         ("jörg@bücher.example", "jörg@xn--bcher-kva.example"),
         ("jörg", "jörg"),
+        ("a@ｘ。ＯＲＧ", "a@x.ORG"),
+        # a local part that is no dot-atom is quoted
+        ("a..b@x.org", '"a..b"@x.org'),
+        (".a@x.org", '".a"@x.org'),
+        ("a.@x.org", '"a."@x.org'),
+        ("ü..b@bücher.example", '"ü..b"@xn--bcher-kva.example'),
+        ('"a.."@x.org', '"a.."@x.org'),
+        ("a.b@x.org", "a.b@x.org"),
+        # letters that IDNA 2003 makes other names of
+        ("info@straße.example", "info@xn--strae-oqa.example"),
+        ("info@STRAẞE.example", "info@xn--strae-oqa.example"),
+        ("a@Fußball.ÖBB.example", "a@xn--fuball-cta.xn--bb-eka.example"),
+        ("a@βόλος.example", "a@xn--nxasmm1c.example"),
+        ("a@ΒΌΛΟΣ.example", "a@xn--nxasmq6b.example"),
+        ("a@नी\u200dय.example", None),  # a joiner behind a vowel sign
+        ("a@क्\u200dष.example", "a@xn--11b2ezcw70k.example"),
+        ("a@क्\u200cष.example", "a@xn--11b2ezcs70k.example"),
+        ("a@نامه\u200cای.example", "a@xn--mgba3gch31f060k.example"),
+        ("a@exa\u200dmple.org", None),
+        ("a@exa\u200cmple.org", None),
+        ("a@\u200cü.org", None),
+        ("a@ß" + "ü" * 60 + ".org", None),
+        ("a@ß\u0080.org", None),
         ("a@ü..org", None),
         ("a@" + "ü" * 80, None),
         ("a@x\uff1e.org", None),  # IDNA makes > of it
         ("a@x\uff1e\u00a8notify=never.org", None),  # and a space of this
+        ("a@ß\uff1e\u00a8notify=never.org", None),
         ("a@x\uff20.org", None),
     ],
 )
@@ -1286,44 +1637,56 @@ def test_addresses_on_the_wire(address, wire):
             spoolgore.wire_address(address)
 
 
-HOSTILE_MAILS = {  # the one recipient that must not be asked for, or whose header is hard work; alice is to be served
+HELD_MAILS = {  # alice is named too, and does not get a mail that others may be meant to have
     "nul": "To: a\x00b@x.org, alice@x.org",
     "brackets": 'To: "<evil@x.org>"@x.org, alice@x.org',
     "injection": 'To: "a\r\n RCPT TO:<evil@x.org>"@x.org, alice@x.org',
-    "long": f"To: {'a' * 10_000}@x.org, alice@x.org",
-    "encoded": "To: =?utf-8?q?a=0D=0ARCPT_TO=3A=3Cevil=40x=2Eorg=3E?= <alice@x.org>",
-    "idna": "To: a@x\uff1e\u00a8notify=never.org, alice@x.org",
     "latin": b"To: \xfc@x.org, alice@x.org",
     "missing comma": "To: bob@x.org carol@x.org\nCc: alice@x.org",
-    "one word": f"To: {'a' * 2**20}\nCc: alice@x.org",
+    "one word": f"To: {'a' * 2**17}\nCc: alice@x.org",
     "at signs": f"To: {'@' * 2**17}\nCc: alice@x.org",
     "at letters": f"To: {'a@' * 2**17}\nCc: alice@x.org",
-    "quotes": "To: " + '"\\' * 2**19 + "\nCc: alice@x.org",
+    "quotations": "To: " + '"\\' * 2**17 + "\nCc: alice@x.org",
+    "empty quotations": "To: " + '"" ' * 2**17 + "\nCc: alice@x.org",
+    "comments": f"To: {'(' * 2**17}\nCc: alice@x.org",
     "brackets only": f"To: {'<' * 2**17}\nCc: alice@x.org",
-    "spaces": f"To: b@x.org{' ' * 2**20}\nCc: alice@x.org",
+    "entities": f"To: {'&a' * 2**17}\nCc: alice@x.org",
+    "encoded words": f"To: {'=?a?q?' * 2**17}\nCc: alice@x.org",
+    "dots": f"To: a@{'a.' * 2**17}\nCc: alice@x.org",
+    "letters": f"To: a@{'ü' * 2**17}!\nCc: alice@x.org",
+}
+SERVED_MAILS = {
+    "long": f"To: {'a' * 10_000}@x.org, alice@x.org",
+    "encoded": "To: =?utf-8?q?a=0D=0ARCPT_TO=3A=3Cevil=40x=2Eorg=3E?= <alice@x.org>",
+    "idna": "To: a@x\uff1e\u00a8notify.org, alice@x.org",
+    "spaces": f"To: b@x.org{' ' * 2**17}\nCc: alice@x.org",
     "commas": f"To: {',' * 2**17}\nCc: alice@x.org",
-    "long subject": f"Subject: {'x' * 2**20}\nTo: alice@x.org",
+    "long name": f"To: {'a ' * 2**17}<b@x.org>\nCc: alice@x.org",
+    "deep comment": f"To: {'(' * 2**17}{')' * 2**17} b@x.org\nCc: alice@x.org",
+    "long subject": f"Subject: {'x' * 2**17}\nTo: alice@x.org",
     "many fields": "".join(f"X-{number}: y\n" for number in range(100_000)) + "To: alice@x.org",
     "many folds": "Subject: x" + "\n y" * 100_000 + "\nTo: alice@x.org",
 }
 
 
-def test_hostile_headers_are_served_but_for_the_offending_recipient(spool, scripted, run):
+def test_hostile_headers_hold_the_mail_or_are_served_but_for_an_impossible_recipient(spool, scripted, run):
     relay = scripted()
-    for name, header in HOSTILE_MAILS.items():
+    for name, header in {**HELD_MAILS, **SERVED_MAILS}.items():
         header = header if isinstance(header, bytes) else header.encode()
         put(spool, name, b"From: app@x.org\nSubject: %s\n" % name.encode() + header + b"\n\nHello.\n")
     daemon = run("-once", "-attempts", 1, "-smtpaddr", relay.address)
     served = [re.match(rb"From: app@x.org\r\nSubject: ([^\r]*)", received.content)[1] for received in relay.mails.items]
-    assert sorted(served) == sorted(name.encode() for name in HOSTILE_MAILS)
+    assert sorted(served) == sorted(name.encode() for name in SERVED_MAILS)
     for received in relay.mails.items:
         assert "alice@x.org" in received.recipients and not {"evil@x.org", "evil@x.org>"} & set(received.recipients)
-    assert names(spool) == []
+    assert names(spool) == sorted(HELD_MAILS)
     assert not [line for line in daemon.lines if "Traceback" in line or "unexpected" in line]
-    failed = {name: entry["To"][0]["Error"] for name, entry in daemon.status().items()}
-    assert failed["nul"].startswith("553 5.1.3 not sent: bad local part")
+    for name in HELD_MAILS:
+        assert re.match('unable to parse mail file, "To" header: ', daemon.status()[name]["Error"]), name
+    failed = {name: entry["To"][0]["Error"] for name, entry in daemon.status().items() if name in SERVED_MAILS}
+    assert sorted(failed) == ["idna", "long"] == sorted(os.listdir(spool / ".failed"))
+    assert failed["long"] == "553 5.1.3 not sent: longer than 254 octets"
     assert failed["idna"].startswith("553 5.6.7 not sent: ")
-    assert {"nul", "brackets", "injection", "long", "idna", "latin", "missing comma", "one word"} <= set(failed)
 
 
 @pytest.mark.parametrize("form, count", [("To: {}\n", 50_000), ("To:\n {}\n", 50_000), ("Bcc: people: {};\n", 10_000)])
@@ -1489,7 +1852,7 @@ def test_a_new_envelope_has_the_keys_of_the_original():
 
 
 def test_an_envelope_with_bytes_that_are_no_text_can_be_written():
-    message = read_message(b"From: J\xf6rg <f@x.org>\nTo: \xff@x.org\n\n")
+    message = read_message(b"From: J\xf6rg <f@x.org>\nTo: J\xf6rg <j@x.org>\n\n")
     envelope = spoolgore.new_envelope(message, NOW)
     assert spoolgore.unpack(spoolgore.pack("/spool/\udcff", envelope)) == envelope
     assert envelope["From"] == "J?rg <f@x.org>"
