@@ -26,11 +26,14 @@ Relay options:
   -smtppasswordcommand COMMAND
                          the first line of this shell command's output is the
                          password or the OAuth 2 token
-  -tls MODE              auto (STARTTLS if offered, smtps on port 465),
-                         starttls (required), smtps or off [default: auto]
+  -tls MODE              auto (STARTTLS if offered, but not to this machine;
+                         smtps on port 465), starttls (required), smtps or off
+                         [default: auto]
   -tlsca FILE            trust the certificates in this PEM file instead of the
                          system's
   -tlscert FILE          PEM file with a client certificate and its key
+  -tlsname NAME          name that the relay's certificate must bear, if it is
+                         not the host's
   -helo NAME             name to say in EHLO; this machine's if it has a full
                          one, else its address
   -concurrency N         mails in flight at once, and so the most connections
@@ -90,6 +93,7 @@ import gc
 import heapq
 import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -146,6 +150,8 @@ ADDRESS_LIMIT = 254  # octets; RFC 5321 4.5.3.1.3 less the angle brackets
 HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
 CHUNK = 128 * 1024  # octets; a mail up to this size is held whole, a larger one streamed
 REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
+EHLO_LINES, REPLY_LINES = 250, 100  # more lines than this are no reply
+SHUNNED_SECONDS = 3600  # an extension that went wrong with a relay is not used for so long
 FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
 ATTEND_SECONDS = 0.5  # how often connections are looked after: so much later may a time limit strike
 IDLE_SECONDS = 5  # then an unused connection is closed
@@ -192,6 +198,7 @@ class Options(NamedTuple):
     tls: str
     tlsca: str
     tlscert: str
+    tlsname: str
     helo: str
     concurrency: int
     timeout: int
@@ -357,8 +364,11 @@ def check_words(found):
     check_user(found, "smtppasswordcommand", "smtpuser", "smtpmd5user")
     check_user(found, "smtppassword", "smtpuser")
     check_user(found, "smtpmd5password", "smtpmd5user")
-    if not re.fullmatch(r"[!-~]*", found["helo"]):
-        raise bad_value("helo", found["helo"], "not a host name")
+    for name in ("helo", "tlsname"):
+        if not re.fullmatch(r"[!-~]*", found[name]):
+            raise bad_value(name, found[name], "not a host name")
+    if found["tlsname"] and found["tls"] == "off":
+        raise bad_value("tlsname", found["tlsname"], "there is no TLS with -tls off")
 
 
 def check_user(found, name, *users):
@@ -656,10 +666,15 @@ def wire_address(address):
     if local and local[0] != '"' and (local[0] == "." or local[-1] == "." or ".." in local):
         local = f'"{local}"'  # docomo gave its customers such addresses
     if not domain.isascii():
-        domain = ".".join(map(wire_label, re.split("[.\u3002\uff0e\uff61]", domain)))
+        domain = ascii_domain(domain)
         if not DOMAIN.fullmatch(domain):  # some letters become brackets and spaces
             raise ValueError(f"it means {json.dumps(domain)}")
     return local + at + domain
+
+
+def ascii_domain(domain):
+    """A domain as it stands in the DNS. Raises ValueError."""
+    return domain if domain.isascii() else ".".join(map(wire_label, re.split("[.\u3002\uff0e\uff61]", domain)))
 
 
 def wire_label(label):
@@ -1722,6 +1737,14 @@ class Watch:
 
 
 # ------------------------------------------------------------------- relay
+#
+# The SMTP conversation, and the store of connections. What holds:
+#
+# 1. An octet that was not asked for is found before the next command is sent. Else a stray 250 becomes its answer.
+# 2. A mail is delivered to a recipient if every reply that concerns him is 2xx, and as many came as were asked for.
+# 3. A transaction is made again, uncounted, only if the relay had gone before it (nothing was answered), or if an
+#    extension is not used any more the next time. The second time is careful: no content before the relay's word.
+# 4. What went wrong with a relay is not used again with it until it was down, or an hour is over.
 
 
 class Verdict(enum.Enum):
@@ -1754,34 +1777,264 @@ class LoginRefused(RelayError):
     """The relay does not accept the user or the password."""
 
 
-class Unanswered(RelayError):
-    """A connection that was used before is gone, and not one reply to this transaction came."""
+class MechanismRefused(LoginRefused):
+    """The relay does not know the kind of login that it offers."""
 
 
+class Silence(RelayError):
+    """A reply did not come in time."""
+
+
+class Surplus(RelayError):
+    """The relay said something that it was not asked for."""
+
+
+class Repeat(Exception):
+    """The transaction is to be made again, on another connection, carefully."""
+
+
+MAYBE = ": the mail may have arrived"
+SURPLUS = "the relay said more than it was asked for"
 REPLY = re.compile(rb"((?:[2-5]\d\d-[^\n]*\n)*)([2-5]\d\d)(?: [^\n]*|\r)?\n")  # RFC 5321 4.2.1
 BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
+NO_BDAT = (500, 502, 503, 504)  # what a relay says that does not know this command, whatever it offers
+NO_MECHANISM = (500, 502, 504)
+EXTENSIONS = ("CHUNKING", "PIPELINING")
 # What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
 # may still act on what it was sent.
 GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
 class Reply(NamedTuple):
-    """An SMTP reply (RFC 5321 4.2): its code, and all its lines' text."""
+    """An SMTP reply (RFC 5321 4.2): its code, all its lines' text, and whether it is 2xx."""
 
     code: int
     text: str
+    ok: bool
 
     def __str__(self):
         return f"{self.code} {self.text}"
 
     @property
-    def ok(self):
-        return 200 <= self.code < 300
+    def closing(self):
+        """The relay ends the connection; it may say so at any time (RFC 5321 3.8)."""
+        return self.code == 421
 
     @property
     def verdict(self):
         """530 asks for a login (RFC 4954 6): no fault of the mail."""
         return Verdict.REFUSED if 500 <= self.code < 600 and self.code != 530 else Verdict.DEFERRED
+
+
+@functools.lru_cache(maxsize=64)  # a relay says the same again and again
+def make_reply(code, lines):
+    text = readable(b"\n".join(line[4:].rstrip(b"\r") for line in lines.split(b"\n")))
+    return Reply(int(code), text, code.startswith(b"2"))
+
+
+def readable(data):
+    """A relay's bytes as text without control characters, but for the ends of lines."""
+    text = data.decode("utf-8", "replace").strip()
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
+
+
+class Offers(NamedTuple):
+    """What a relay offers in its reply to EHLO, as a transaction needs it."""
+
+    pipelining: bool = False  # RFC 2920
+    chunking: bool = False  # RFC 3030
+    smtputf8: bool = False  # RFC 6531
+    limit: int = 0  # octets of a mail (RFC 1870); 0 if it names none
+    parameters: str = ""  # of MAIL, with a place for the mail's size
+
+
+class Connection:
+    """An open connection: commands go out, replies come back, each within a time limit.
+
+    timeout: seconds for a command to be taken, and for each reply.
+    """
+
+    def __init__(self, sock, address, timeout):
+        self.sock, self.address, self.seconds = sock, address, timeout
+        self.offers = Offers()
+        self.shunned = {}  # extension -> until when it is not used; all connections of a relay share it
+        self.most_lines = EHLO_LINES
+        self.buffer = b""
+        self.broken = ""  # why it cannot be used any more
+        self.uses = 0
+        self.deadline, self.watched, self.expired = math.inf, False, False
+        self.born = self.used = self.heard = time.monotonic()
+
+    @property
+    def encrypted(self):
+        return isinstance(self.sock, ssl.SSLSocket)
+
+    def spoil(self, reason):
+        """It is not used again after this."""
+        self.broken = self.broken or reason
+
+    def close(self):
+        self.sock.close()
+
+    # -- time limits
+
+    def watch(self):
+        """From now on somebody looks at the deadline and calls expire(): a timer for each wait costs more than it."""
+        self.watched, self.most_lines = True, REPLY_LINES
+        self.sock.settimeout(None)
+
+    def expire(self):
+        """Wake whoever waits for the relay: it takes too long."""
+        self.expired = True
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's would break the reader's object
+
+    def _allow(self, seconds):
+        self.deadline = time.monotonic() + seconds
+        if not self.watched:
+            self.sock.settimeout(seconds)
+
+    def _is_late(self, error):
+        return self.expired or isinstance(error, socket.timeout)
+
+    # -- commands and replies
+
+    def send(self, data):
+        """Write commands or content; all of it must be taken within the time limit. Raises RelayError, OSError."""
+        if self.buffer:  # whatever it means, the next reply would be taken for that to this
+            raise Surplus(f"{SURPLUS}: {readable(self.buffer[:80])}")
+        self._allow(self.seconds)
+        try:
+            sent = self.sock.send(data)  # nearly always all of it
+            if sent < len(data):
+                self.sock.sendall(memoryview(data)[sent:])
+            self.heard = time.monotonic()  # a sign of life: a large mail is taken piece by piece
+        except OSError as error:
+            late = RelayError("timed out, the relay does not read what it is sent")
+            raise (late if self._is_late(error) else error) from None
+
+    def reply(self, seconds=None):
+        """The next Reply, whole within the time limit. Raises RelayError, OSError."""
+        found = []
+        self.read_replies(found, 1, seconds or self.seconds)
+        return found[0]
+
+    def read_replies(self, found, count, seconds):
+        """Add replies to those that were found until there are so many, or one is 421. Raises RelayError, OSError."""
+        while len(found) < count and not self.broken:
+            match = REPLY.match(self.buffer) or self._await_reply(seconds)
+            self.buffer = self.buffer[match.end() :]
+            found.append(make_reply(match[2], match[0]))
+            if match[2] == b"421":
+                self.spoil(str(found[-1]))
+
+    def surplus(self):
+        """The replies that have come and were not asked for, but for 421."""
+        found = []
+        while REPLY.match(self.buffer) and not self.broken:
+            self.read_replies(found, len(found) + 1, 0)
+        if self.buffer and not b"421".startswith(self.buffer[:3]):
+            found.append(Reply(0, readable(self.buffer[:80]), False))
+        return [reply for reply in found if not reply.closing]
+
+    def _await_reply(self, seconds):
+        """The match of a whole reply, which is not in the buffer yet."""
+        self._allow(seconds)
+        while True:
+            while b"\n" not in self._receive() and len(self.buffer) <= REPLY_LIMIT:
+                pass  # only what is new is looked at
+            if match := REPLY.match(self.buffer):
+                return match
+            if len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer):
+                raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
+            if self.buffer.count(b"\n") > self.most_lines:
+                raise RelayError(f"a reply of more than {self.most_lines} lines: {readable(self.buffer[:80])}")
+
+    def _receive(self):
+        if not self.watched:
+            self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+        try:
+            data = self.sock.recv(4096)
+            if not data:
+                raise ConnectionResetError("connection closed by the relay")
+        except OSError as error:
+            late = Silence("timed out waiting for the relay's reply")
+            raise (late if self._is_late(error) else error) from None
+        self.heard = time.monotonic()
+        self.buffer += data
+        return data
+
+    # -- use and end
+
+    def idle_for(self):
+        return time.monotonic() - self.used
+
+    def usable(self):
+        """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
+        if time.monotonic() - self.born > CONNECTION_SECONDS:
+            return False
+        try:
+            self.sock.settimeout(0)
+            self.buffer += self.sock.recv(4096)  # anything at all that comes here is the end: 421, or nothing
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return True
+        except OSError:
+            return False
+        finally:
+            self.sock.settimeout(None)
+        if surplus := self.surplus():
+            self.shun(EXTENSIONS, f"{SURPLUS}, maybe of the mail before: {surplus[0]}")
+        return False
+
+    def may_use(self, extension):
+        return not self.shunned or self.shunned.get(extension, 0) < time.monotonic()
+
+    def shun(self, extensions, reason):
+        """Do not use these any more with this relay. reason: what went wrong."""
+        self.spoil(reason)
+        self.shunned.update(dict.fromkeys(extensions, time.monotonic() + SHUNNED_SECONDS))
+        log.error("%s: %s: no %s from now on", self.address, reason, " and no ".join(extensions))
+
+    def transact(self, sender, addresses, message, carefully=False):
+        """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Repeat."""
+        try:
+            return Transaction(self, sender, addresses, message, carefully).run()
+        except BaseException:
+            self.spoil("it was left in the middle of a transaction")
+            raise
+        finally:
+            self.uses, self.used = self.uses + 1, time.monotonic()
+
+    def quit_politely(self):
+        """QUIT, but nothing depends on it."""
+        with contextlib.suppress(OSError, gevent.Timeout), gevent.Timeout(min(5, self.seconds)):
+            if not self.broken:
+                self.send(b"QUIT\r\n")
+                self.reply()
+        self.close()
+
+
+# -- opening a connection
+
+
+def dial(address, timeout, security):
+    """A Connection that is greeted, encrypted and logged in. Raises OSError, as most errors here are."""
+    connection = Connection(connect(address, timeout), address, timeout)
+    try:
+        if security.implicit_tls(address):
+            security.encrypt(connection)
+        opening = Opening(connection, security.helo)
+        opening.greet()
+        if security.wants_starttls(opening):
+            opening.starttls(security)
+        security.login(opening)
+        connection.offers = opening.offers()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def connect(address, timeout):
@@ -1790,7 +2043,7 @@ def connect(address, timeout):
     timeout: seconds for the name, and as many again for all its addresses together.
     """
     with limited(timeout, f"{address}: timed out looking up the name"):
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(ascii_domain(address.host), address.port, type=socket.SOCK_STREAM)
     deadline, failure = time.monotonic() + timeout, None
     for left, (family, kind, protocol, _, where) in zip(range(len(found), 0, -1), found):
         sock = socket.socket(family, kind, protocol)
@@ -1810,204 +2063,64 @@ def limited(seconds, text):
     return gevent.Timeout(seconds, RelayError(text))
 
 
-class Connection(smtplib.SMTP):
-    """One connection to a relay: smtplib opens it (EHLO, STARTTLS, AUTH), transact() uses it.
+class Opening(smtplib.SMTP):
+    """smtplib's part in a connection: EHLO, STARTTLS, AUTH, spoken through a Connection, which has the time limits."""
 
-    Replies are read here, not by smtplib: with a deadline for the whole reply and a limit to its length.
-    timeout: seconds for each command and for its reply.
-    """
+    def __init__(self, connection, helo):
+        super().__init__(local_hostname=helo or literal(connection.sock))
+        self.connection, self.sock = connection, connection.sock
 
-    def __init__(self, address, timeout, helo=""):
-        super().__init__(local_hostname=helo or "localhost", timeout=timeout)
-        self.address, self._host = address, address.host
-        self.seconds = timeout
-        self.deadline, self.watched, self.expired = math.inf, False, False
-        self.buffer = b""
-        self.broken = False
-        self.uses = 0
-        self.pipelining = self.chunking = False  # what the relay offers
-        self.size_limit, self.mail_parameters = 0, ""  # the latter with a place for the mail's size
-        self.born = self.used = self.heard = time.monotonic()
+    def send(self, data):
+        self.connection.send(data.encode() if isinstance(data, str) else data)
 
-    # -- opening
+    def getreply(self):
+        reply = self.connection.reply()
+        return reply.code, reply.text.encode()
 
-    def dial(self, security):
-        """Connect, greet, encrypt and log in. Raises OSError (RelayError, SMTPException, SSLError among them)."""
-        try:
-            self.sock = connect(self.address, self.seconds)
-            self.local_hostname = security.helo or literal(self.sock)
-            if security.implicit_tls(self.address):
-                self._encrypt(security)
-            self._expect(self.reply())
-            self._greet()
-            if security.wants_starttls(self):
-                self._starttls(security)
-            security.login(self)
-        except BaseException:
-            self.close()
-            raise
-        return self
+    def greet(self):
+        """The banner, and EHLO, or HELO where EHLO is not known. Raises RelayRefused."""
+        expect(self.connection.reply())
+        self.say_hello()
 
-    @staticmethod
-    def _expect(reply):
-        if not reply.ok:
-            raise RelayRefused(str(reply))
-
-    def _greet(self):
+    def say_hello(self):
         code, text = self.ehlo()
         if not 200 <= code < 300 and code != 421:
             code, text = self.helo()
-        self._expect(Reply(code, readable(text)))
-        self.note_offers()
+        expect(Reply(code, readable(text), 200 <= code < 300))
 
-    def note_offers(self):
-        """What the relay said to EHLO, as each transaction needs it."""
-        self.pipelining, self.chunking = self.has_extn("pipelining"), self.has_extn("chunking")
-        self.size_limit = int_or_zero(self.esmtp_features.get("size"))
-        size, body = " SIZE={}" if self.has_extn("size") else "", " BODY=8BITMIME" if self.has_extn("8bitmime") else ""
-        self.mail_parameters = f"{size}{body}"
+    def starttls(self, security):
+        expect(self.ask("STARTTLS"))
+        self.connection.buffer = b""  # what came before the handshake is not the relay's word
+        security.encrypt(self.connection)
+        self.say_hello()
 
-    def _encrypt(self, security):
-        with limited(self.seconds, "timed out in the TLS handshake"):
-            self.sock = security.context.wrap_socket(self.sock, server_hostname=self._host)
+    def ask(self, command):
+        """The Reply to a command."""
+        self.putcmd(command)
+        return self.connection.reply()
 
-    def _starttls(self, security):
-        code, text = self.docmd("STARTTLS")
-        self._expect(Reply(code, readable(text)))
-        self.buffer = b""  # what came before the handshake is not the relay's word
-        self._encrypt(security)
-        self._greet()
-
-    @property
-    def encrypted(self):
-        return isinstance(self.sock, ssl.SSLSocket)
-
-    # -- commands and replies
-
-    def watch(self):
-        """From now on somebody looks at the deadline and calls expire(): a timer for each wait costs more than it."""
-        self.watched = True
-        self.sock.settimeout(None)
-
-    def expire(self):
-        """Wake whoever waits for the relay: it takes too long."""
-        self.expired = True
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's would break the reader's object
-
-    def _allow(self, seconds):
-        self.deadline = time.monotonic() + seconds
-        if not self.watched:
-            self.sock.settimeout(seconds)
-
-    def _failure(self, error, late):
-        return RelayError(f"timed out{late}") if self.expired or isinstance(error, socket.timeout) else error
-
-    def send(self, data):
-        """Write a command or content; the whole of it must be taken within the time limit."""
-        data = data.encode("utf-8") if isinstance(data, str) else data
-        if self.buffer:  # whatever it means, the next reply would be taken for that to this
-            raise RelayError(f"a reply that was not asked for: {readable(self.buffer[:80])}")
-        self._allow(self.seconds)
-        try:
-            sent = self.sock.send(data)  # nearly always all of it
-            if sent < len(data):
-                self.sock.sendall(memoryview(data)[sent:])
-            self.heard = time.monotonic()  # a sign of life: a large mail is taken piece by piece
-        except OSError as error:
-            raise self._failure(error, ", the relay does not read what it is sent") from None
-
-    def getreply(self):
-        """smtplib's way to ask for reply()."""
-        reply = self.reply()
-        return reply.code, reply.text.encode()
-
-    def reply(self, seconds=None):
-        """The next Reply, whole within the time limit. Raises RelayError, OSError."""
-        match = REPLY.match(self.buffer) or self._await_reply(seconds or self.seconds)
-        self.buffer = self.buffer[match.end() :]
-        return make_reply(match[2], match[0])
-
-    def _await_reply(self, seconds):
-        self._allow(seconds)
-        while not (match := REPLY.match(self.buffer)):
-            if len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer):
-                raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
-            self.buffer += self._receive()
-        return match
-
-    def _receive(self):
-        if not self.watched:
-            self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-        try:
-            data = self.sock.recv(4096)
-            if not data:
-                raise ConnectionResetError("connection closed by the relay")
-        except OSError as error:
-            raise self._failure(error, " waiting for the relay's reply") from None
-        self.heard = time.monotonic()
-        return data
-
-    # -- use and end
-
-    def idle_for(self):
-        return time.monotonic() - self.used
-
-    def usable(self):
-        """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
-        if time.monotonic() - self.born > CONNECTION_SECONDS or self.buffer:
-            return False
-        try:
-            self.sock.settimeout(0)
-            self.sock.recv(1)  # anything at all that comes here is the end: 421, or nothing
-            return False
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return True
-        except OSError:
-            return False
-        finally:
-            self.sock.settimeout(None)
-
-    def transact(self, sender, addresses, message, carefully=False):
-        """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Unanswered."""
-        reused, self.uses = self.uses > 0, self.uses + 1
-        transaction = Transaction(self, sender, addresses, message, carefully)
-        try:
-            outcomes = transaction.run()
-        except BaseException:
-            self.broken = True
-            raise
-        if transaction.unanswered and reused:
-            raise Unanswered(transaction.lost)
-        self.used = time.monotonic()
-        return outcomes
-
-    def quit_politely(self):
-        """QUIT, but nothing depends on it."""
-        with contextlib.suppress(OSError, gevent.Timeout), gevent.Timeout(min(5, self.seconds)):
-            if not self.broken:
-                self.send(b"QUIT\r\n")
-                self.reply()
-        self.close()
+    def offers(self):
+        size = " SIZE={}" if self.has_extn("size") else ""
+        body = " BODY=8BITMIME" if self.has_extn("8bitmime") else ""
+        names = (self.has_extn(name) for name in ("pipelining", "chunking", "smtputf8"))
+        return Offers(*names, int_or_zero(self.esmtp_features.get("size")), f"{size}{body}")
 
 
-@functools.lru_cache(maxsize=64)  # a relay says the same again and again
-def make_reply(code, lines):
-    return Reply(int(code), readable(b"\n".join(line[4:].rstrip(b"\r") for line in lines.split(b"\n"))))
-
-
-def readable(data):
-    """A relay's bytes as text without control characters, but for the ends of lines."""
-    text = data.decode("utf-8", "replace").strip()
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
+def expect(reply):
+    if not reply.ok:
+        raise RelayRefused(str(reply))
 
 
 def literal(sock):
     """The address literal of our end (RFC 5321 4.1.3)."""
     host = sock.getsockname()[0]
     return f"[IPv6:{host}]" if ":" in host else f"[{host}]"
+
+
+def is_loopback(sock):
+    """Whether the other end is on this machine, so that nobody is between."""
+    host = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+    return (getattr(host, "ipv4_mapped", None) or host).is_loopback
 
 
 class Transaction:
@@ -2020,32 +2133,33 @@ class Transaction:
     def __init__(self, connection, sender, addresses, message, carefully=False):
         self.connection, self.message = connection, message
         self.sender, self.addresses = sender, addresses
-        self.replies = []  # to MAIL and each RCPT
-        self.opened = None  # the reply to DATA or BDAT
+        self.replies = []  # to MAIL, each RCPT, and DATA or BDAT
         self.final = None  # the reply to the content
-        self.lost = ""  # why the connection broke
-        self.gone = False  # nobody is at its other end
+        self.surplus = []  # replies that came after it
         self.complete = False  # the relay may have the whole content
-        self.chunked = connection.chunking and message.whole is not None
-        self.pipelined = connection.pipelining
+        self.error = None  # what the connection was lost by
+        self.chunked = connection.offers.chunking and message.whole is not None and connection.may_use("CHUNKING")
+        self.pipelined = connection.offers.pipelining and connection.may_use("PIPELINING")
         self.carefully = carefully or connection.idle_for() > FRESH_SECONDS
 
     def run(self):
+        """A dict from address to Outcome. Raises Repeat."""
         refusals = self._local_refusals()
         self.addresses = [address for address in self.addresses if address not in refusals]
         if self.addresses:
             try:
                 self._converse()
             except OSError as error:
-                self.lost, self.connection.broken = self.lost or describe(error), True
-                self.gone = isinstance(error, GONE)
+                self.error = error
+                self.connection.spoil(describe(error))
+            self._judge()
         return {**refusals, **dict(zip(self.addresses, self._outcomes()))}
 
     # -- before anything is sent
 
     def _local_refusals(self):
         """Outcomes for what this relay cannot take, known from what it offers."""
-        limit = self.connection.size_limit
+        limit = self.connection.offers.limit
         if self.message.size > limit > 0:
             text = f"552 5.3.4 not sent: {self.message.size} octets are over the relay's limit of {limit}"
             return dict.fromkeys(self.addresses, Outcome(Verdict.REFUSED, text))
@@ -2054,16 +2168,15 @@ class Transaction:
         problems = {address: self._unspeakable(address) for address in self.addresses}
         if problem := self._unspeakable(self.sender):
             problems = dict.fromkeys(self.addresses, f"the sender {problem}")
-        return {
-            address: Outcome(Verdict.REFUSED, f"553 5.6.7 not sent: {why}") for address, why in problems.items() if why
-        }
+        refused = {address: f"553 5.6.7 not sent: {problem}" for address, problem in problems.items() if problem}
+        return {address: Outcome(Verdict.REFUSED, text) for address, text in refused.items()}
 
     def _unspeakable(self, address):
         try:
             wire = wire_address(address)
         except ValueError as error:
             return f"{address} has an impossible domain: {error}"
-        if wire.isascii() or self.connection.has_extn("smtputf8"):
+        if wire.isascii() or self.connection.offers.smtputf8:
             return ""
         return f"{address} needs SMTPUTF8, which the relay does not offer"
 
@@ -2084,7 +2197,7 @@ class Transaction:
     def _envelope_commands(self):
         wires = [wire_address(address) for address in [self.sender, *self.addresses]]
         utf8 = "" if "".join(wires).isascii() else " SMTPUTF8"
-        mail = f"MAIL FROM:<{wires[0]}>{self.connection.mail_parameters.format(self.message.size)}{utf8}\r\n"
+        mail = f"MAIL FROM:<{wires[0]}>{self.connection.offers.parameters.format(self.message.size)}{utf8}\r\n"
         return [mail.encode(), *[f"RCPT TO:<{wire}>\r\n".encode() for wire in wires[1:]]]
 
     def _opening(self):
@@ -2094,34 +2207,15 @@ class Transaction:
         return b"BDAT %d LAST\r\n" % len(self.message.whole) + self.message.whole
 
     def _ask(self, commands):
-        if self.pipelined:
-            self.connection.send(b"".join(commands))
-            self.complete = self.chunked and commands[-1].startswith(b"BDAT")
-        for command in commands:
-            if not self.pipelined:
-                self.connection.send(command)
-                self.complete = command.startswith(b"BDAT")
-            self._read_reply()
-            if self.replies[0].code == 421 if self.pipelined else self.connection.broken or not self.replies[0].ok:
+        """Send commands, and read their replies; without PIPELINING one by one, while it makes sense."""
+        for group in [commands] if self.pipelined else [[command] for command in commands]:
+            if self.connection.broken or (self.replies and not self.replies[0].ok):
                 break
-
-    def _read_reply(self):
-        # a relay may hold its replies to what came in one write until it has dealt with all of it
-        reply = self.connection.reply(FINAL_REPLY_SECONDS if self.complete else None)
-        if reply.code == 421:
-            self.lost, self.connection.broken = str(reply), True
-        if len(self.replies) <= len(self.addresses):
-            self.replies.append(reply)
-        else:
-            self._note_opened(reply)
-
-    def _note_opened(self, reply):
-        """The reply to DATA, or to BDAT with the content. If there is one too many, the last counts, but for 421: to
-        believe an earlier one could lose the mail."""
-        while self.chunked and (more := REPLY.match(self.connection.buffer)) and more[2] != b"421":
-            reply, self.connection.broken = self.connection.reply(), True
-        self.opened, self.final = reply, reply if self.chunked else None
-        self.connection.broken |= self.chunked and reply.code == 354  # it waits for content
+            self.connection.send(b"".join(group))
+            self.complete = group[-1].startswith(b"BDAT")
+            # a relay may hold its replies to what came in one write until it has dealt with all of it
+            seconds = FINAL_REPLY_SECONDS if self.complete else self.connection.seconds
+            self.connection.read_replies(self.replies, len(self.replies) + len(group), seconds)
 
     def _accepted(self):
         """The addresses whose RCPT was accepted."""
@@ -2129,13 +2223,21 @@ class Transaction:
             return []
         return [address for address, reply in zip(self.addresses, self.replies[1:]) if reply.ok]
 
+    @property
+    def opened(self):
+        """The reply to DATA or BDAT."""
+        return self.replies[-1] if len(self.replies) == len(self.addresses) + 2 else None
+
     def _content(self):
-        """Behind DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
-        if self.connection.broken or self.chunked or self.opened is None or self.opened.code != 354:
-            return
-        self._send_content()
-        self.final = self.connection.reply(FINAL_REPLY_SECONDS)
-        self.connection.broken |= self.final.code == 421
+        """After DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
+        opened = self.opened
+        if self.chunked and opened:
+            self._conclude(opened)
+            if opened.code == 354:
+                self.connection.spoil("it waits for content")
+        elif opened and opened.code == 354:
+            self._send_content()
+            self._conclude(self.connection.reply(FINAL_REPLY_SECONDS))
 
     def _send_content(self):
         wanted = bool(self._accepted())
@@ -2151,16 +2253,60 @@ class Transaction:
             raise
         self.complete = wanted
 
+    def _conclude(self, final):
+        """The reply to the content, and what came behind it: then it may be that to an earlier command."""
+        self.final, self.surplus = final, self.connection.surplus()
+        if self.surplus:
+            self.connection.spoil(SURPLUS)
+
     def _reset(self):
         self.connection.send(b"RSET\r\n")
-        self.connection.broken = not self.connection.reply().ok
+        if not (reply := self.connection.reply()).ok:
+            self.connection.spoil(str(reply))
+
+    # -- whether it is to be made again
+
+    def _judge(self):
+        """Raises Repeat when what happened says more about the relay than about the mail."""
+        suspects, reason = self._suspects()
+        if suspects:
+            self.connection.shun(suspects, reason)
+        elif not (self.connection.uses and self._unanswered()):
+            return
+        if self.complete and isinstance(self.error, Silence):
+            return
+        if self._may_have_arrived():
+            log.error("%s: the mail to %s is sent again, it may have arrived", self.connection.address, self._names())
+        raise Repeat
+
+    def _unanswered(self):
+        """The relay had gone before this transaction: nothing was answered, or 421 first of all."""
+        return self.replies[0].closing if self.replies else isinstance(self.error, GONE)
+
+    def _suspects(self):
+        """The extensions that may have led to what happened, and what that was."""
+        opened, uses = self.opened, zip(EXTENSIONS, (self.chunked, self.pipelined))
+        used = [name for name, is_used in uses if is_used]
+        if self.chunked and opened and opened.code in NO_BDAT and self._accepted():
+            return ["CHUNKING"], f"BDAT was answered with {opened}"
+        if self.surplus:
+            return used, f"{SURPLUS}: {', '.join(map(str, [self.final, *self.surplus]))}"
+        if isinstance(self.error, Surplus):
+            return used, str(self.error)
+        if self.pipelined and isinstance(self.error, Silence) and self.replies and not opened:
+            return ["PIPELINING"], f"silence after {len(self.replies)} of {len(self.addresses) + 2} replies"
+        return [], ""
+
+    def _may_have_arrived(self):
+        """Whether the relay has the content and did not clearly refuse it."""
+        if self.final:
+            return self.complete and any(reply.ok for reply in [self.final, *self.surplus])
+        return self.complete and (not self.replies or self.replies[0].ok)
+
+    def _names(self):
+        return ", ".join(self.addresses)
 
     # -- what it meant
-
-    @property
-    def unanswered(self):
-        """The relay had gone before this transaction: nothing was answered, or 421 first of all."""
-        return self.replies[0].code == 421 if self.replies else self.gone
 
     def _outcomes(self):
         accepted, content = bool(self._accepted()), self._content_outcome()
@@ -2175,25 +2321,30 @@ class Transaction:
         return content
 
     def _content_outcome(self):
+        if self.surplus:
+            worst = max([self.final, *self.surplus], key=lambda reply: (not reply.ok, reply.code))
+            verdict = Verdict.DEFERRED if self._may_have_arrived() else worst.verdict
+            return Outcome(verdict, f"{worst} ({SURPLUS}{MAYBE if self._may_have_arrived() else ''})")
         if self.final and (self.complete or not self.final.ok):
             return Outcome(Verdict.DELIVERED if self.final.ok else self.final.verdict, str(self.final))
         if self.opened and self.opened.code != 354:
             return Outcome(self.opened.verdict, str(self.opened))
-        maybe = " (no reply to the content: the mail may have arrived)" if self.complete else ""
-        return Outcome(Verdict.DEFERRED, f"{self.lost or 'no reply'}{maybe}")
+        maybe = f" (no reply to the content{MAYBE})" if self.complete else ""
+        return Outcome(Verdict.DEFERRED, f"{self.connection.broken or 'no reply'}{maybe}")
 
 
 def too_many(reply):
-    """Whether a RCPT reply says that the transaction has enough recipients (RFC 5321 4.5.3.1.10)."""
-    enhanced = re.match(r"[45]\.\d+\.\d+", reply.text)
-    return reply.code in (452, 552) and (not enhanced or enhanced[0][1:] == ".5.3")
+    """Whether a RCPT reply says that the transaction has enough recipients (RFC 5321 4.5.3.1.10, RFC 3463 x.5.3)."""
+    if enhanced := re.match(r"[45]\.(\d+\.\d+)", reply.text):
+        return enhanced[1] == "5.3"
+    return reply.code in (452, 552)
 
 
 class Security:
     """How connections are encrypted and logged in. Raises UsageError for a file that is no good."""
 
     def __init__(self, options, environ):
-        self.mode, self.auth = options.tls, options.smtpauth
+        self.mode, self.name, self.auth = options.tls, options.tlsname, options.smtpauth
         self.user = options.smtpuser or options.smtpmd5user
         self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
         self._password, self._fallback = passwords(options, environ, self.cram_only)
@@ -2223,41 +2374,56 @@ class Security:
     def implicit_tls(self, address):
         return self.mode == "smtps" or (self.mode == "auto" and address.port == 465)
 
-    def wants_starttls(self, connection):
-        offered = connection.has_extn("starttls")
-        if connection.encrypted or self.mode == "off":
+    def wants_starttls(self, opening):
+        """In auto mode it is done whenever it is offered, but for this machine: nobody is between, and the certificate
+        of a local relay is hardly ever one for localhost."""
+        offered = opening.has_extn("starttls")
+        if opening.connection.encrypted or self.mode == "off":
             return False
         if self.mode == "starttls" and not offered:
             raise RelayError("the relay does not offer STARTTLS")
-        return offered
+        return offered and (self.mode == "starttls" or self.name or not is_loopback(opening.connection.sock))
+
+    def encrypt(self, connection):
+        """The TLS handshake; the certificate must bear the relay's name, or that of -tlsname."""
+        name = self.name or ascii_domain(connection.address.host).rstrip(".")
+        with limited(connection.seconds, "timed out in the TLS handshake"):
+            connection.sock = self.context.wrap_socket(connection.sock, server_hostname=name)
 
     # -- login
 
-    def login(self, connection):
+    def login(self, opening):
         """AUTH (RFC 4954), if there is a user. Raises LoginRefused, RelayError."""
-        if self.user:
-            mechanism = self._mechanism(connection)
-            check_secrecy(mechanism, connection)
-            self._authenticate(connection, mechanism)
+        if not self.user:
+            return
+        *others, last = self._mechanisms(opening)
+        for mechanism in others:
+            with contextlib.suppress(MechanismRefused):  # offered, and not known all the same
+                return self._log_in(opening, mechanism)
+        self._log_in(opening, last)
 
-    def _mechanism(self, connection):
-        offered = (connection.esmtp_features.get("auth") or "").lower().replace("=", " ").split()
+    def _mechanisms(self, opening):
+        """What may be tried, in order of preference."""
+        offered = (opening.esmtp_features.get("auth") or "").lower().replace("=", " ").split()
         wanted = [self.auth] if self.auth else ["cram-md5"] if self.cram_only else ["plain", "login"]
-        for mechanism in wanted:
-            if mechanism in offered:
-                return mechanism
-        names, others = " or ".join(map(str.upper, wanted)), " ".join(offered) or "none"
-        raise RelayError(f"the relay does not offer AUTH {names} (it offers {others})")
+        if mechanisms := [mechanism for mechanism in wanted if mechanism in offered]:
+            return mechanisms
+        names, found = " or ".join(map(str.upper, wanted)), " ".join(offered) or "none"
+        hint = "; with -tls starttls it may offer more" if opening.has_extn("starttls") else ""
+        raise RelayError(f"the relay does not offer AUTH {names} (it offers {found}{hint})")
 
-    def _authenticate(self, connection, mechanism):
+    def _log_in(self, opening, mechanism):
+        check_secrecy(mechanism, opening.connection)
         fresh = self._output is None
         try:
-            authenticate(connection, mechanism, self.user, self.password())
+            authenticate(opening, mechanism, self.user, self.password())
+        except MechanismRefused:
+            raise
         except LoginRefused:
             self._output = None
             if not self._options.smtppasswordcommand or fresh:
                 raise
-            authenticate(connection, mechanism, self.user, self.password())
+            authenticate(opening, mechanism, self.user, self.password())
 
     def password(self):
         """The password or token: by a flag, else by the command, else by the environment. The command is asked at the
@@ -2321,23 +2487,22 @@ def tls_context(options):
 
 def check_secrecy(mechanism, connection):
     """A password goes over TLS, or to this machine, or not at all."""
-    near = connection.address.host in ("localhost", "127.0.0.1", "::1")
-    if mechanism != "cram-md5" and not connection.encrypted and not near:
+    if mechanism != "cram-md5" and not connection.encrypted and not is_loopback(connection.sock):
         raise RelayError("unencrypted connection")
 
 
-def authenticate(connection, mechanism, user, password):
+def authenticate(opening, mechanism, user, password):
     """One AUTH exchange. Raises LoginRefused for a 5xx reply, RelayError for another."""
     responses = []
     if mechanism in ("plain", "xoauth2"):
         responses.append(encoded(auth_response(mechanism, user, password, b"", 0)))
-    code, text = connection.docmd(" ".join(["AUTH", mechanism.upper(), *responses]))
-    while code == 334 and len(responses) < 3:
-        responses.append(encoded(auth_response(mechanism, user, password, decoded(text), len(responses))))
-        code, text = connection.docmd(responses[-1])
-    if code != 235:
-        fault = LoginRefused if code >= 500 else RelayError
-        raise fault(redacted(str(Reply(code, readable(text))), password, responses))
+    reply = opening.ask(" ".join(["AUTH", mechanism.upper(), *responses]))
+    while reply.code == 334 and len(responses) < 3:
+        responses.append(encoded(auth_response(mechanism, user, password, decoded(reply.text), len(responses))))
+        reply = opening.ask(responses[-1])
+    if reply.code != 235:
+        fault = MechanismRefused if reply.code in NO_MECHANISM else LoginRefused if reply.code >= 500 else RelayError
+        raise fault(redacted(str(reply), password, responses))
 
 
 def auth_response(mechanism, user, password, challenge, step):
@@ -2386,11 +2551,11 @@ class Relay:
         self._dial = dial
         self.idle = []  # the most recently used last
         self.in_use = set()
-        self.established = 0  # idle or in use
         self.dialling = 0
         self.limit = self.cap = limit
         self._capped = 0.0
         self.down = ""  # why it cannot be used
+        self.shunned = {}  # extension -> until when it is not used; it went wrong
         self._waiting = deque()  # an Event for each greenlet that wants a connection
         self._probe_now = gevent.event.Event()
         self._background = gevent.pool.Group()  # probing, looking after the connections
@@ -2402,11 +2567,10 @@ class Relay:
         carefully = False
         while True:
             connection = self._acquire()
-            self.in_use.add(connection)
             try:
                 return connection.transact(sender, addresses, message, carefully)
-            except Unanswered:
-                carefully = True  # it died while idle, which is nobody's fault, or of this very content
+            except Repeat:
+                carefully = True
             finally:
                 self._release(connection)
 
@@ -2429,15 +2593,18 @@ class Relay:
     # -- connections
 
     def _acquire(self):
-        while not self.down:
-            if connection := self._take_idle():
-                return connection
-            if self._may_dial():
-                if connection := self._dial_one():
-                    return connection
-            else:
-                self._wait()
-        raise RelayDown(self.down)
+        """A connection that is in use from now on. Raises RelayDown."""
+        connection = None
+        while not (self.down or connection):
+            connection = self._take_idle() or (self._dial_one() if self._may_dial() else self._wait())
+        if not connection:
+            raise RelayDown(self.down)
+        self.in_use.add(connection)
+        return connection
+
+    @property
+    def established(self):
+        return len(self.idle) + len(self.in_use)
 
     def _take_idle(self):
         while self.idle:
@@ -2454,24 +2621,23 @@ class Relay:
         return self.dialling < max(1, self.established) and self.established + self.dialling < min(self.cap, self.limit)
 
     def _dial_one(self):
+        """A new connection; None if it cannot be had."""
         self.dialling += 1
         try:
-            connection = self._dial()
+            return self._establish(self._dial())
         except Exception as error:  # noqa: BLE001
             return self._dial_failed(error)
         finally:
             self.dialling -= 1
-            self._wake(1)
-        self._establish(connection)
-        self._wake(2)
-        return connection
+            self._wake(2)
 
     def _establish(self, connection):
-        self.established += 1
+        connection.shunned = self.shunned
         connection.watch()
         if not self._attended:
             self._attended = True
             self._background.spawn(self._attend)
+        return connection
 
     def _dial_failed(self, error):
         """With other connections alive the relay has enough of us; else, or when it refuses the login, it is down."""
@@ -2506,7 +2672,6 @@ class Relay:
             self._wake(1)
 
     def _discard(self, connection):
-        self.established -= 1
         self._wake(1)
         if connection.broken:
             connection.close()
@@ -2558,8 +2723,8 @@ class Relay:
         log.info("relay available again, %s", self.name)
         self.down = ""
         self.cap = self.limit
-        self._establish(connection)
-        self._release(connection)
+        self.shunned.clear()
+        self._release(self._establish(connection))
         self.on_up()
 
 
@@ -2601,12 +2766,11 @@ class Relays:
             relay.close()
 
 
-class Printer:
-    """The relay that prints: every mail's envelope and content go to a binary stream."""
-
-    down = ""
+class Printer(Relays):
+    """No relay, but a binary stream: every mail's envelope and content are printed."""
 
     def __init__(self, stream):
+        super().__init__([])
         self.stream = stream
 
     def send(self, sender, addresses, message):
@@ -2619,15 +2783,6 @@ class Printer:
             return dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, describe(error)))
         return dict.fromkeys(addresses, Outcome(Verdict.DELIVERED))
 
-    def poke(self):
-        """It is always up."""
-
-    def retire(self):
-        """It has no connections."""
-
-    def close(self):
-        """Nothing is kept open."""
-
 
 def make_relay(options, environ, stream, on_up):
     """The relay that the command line asks for. Raises UsageError."""
@@ -2636,14 +2791,11 @@ def make_relay(options, environ, stream, on_up):
             raise bad_value("smtpaddr", "-", "standard output is closed")
         return Printer(stream)
     security = Security(options, environ)
-
-    def relay(address):
-        def dial():
-            return Connection(address, options.timeout).dial(security)
-
-        return Relay(str(address), dial, options.concurrency, on_up)
-
-    return Relays([relay(address) for address in options.smtpaddr])
+    relays = []
+    for address in options.smtpaddr:
+        dialler = functools.partial(dial, address, options.timeout, security)
+        relays.append(Relay(str(address), dialler, options.concurrency, on_up))
+    return Relays(relays)
 
 
 # -------------------------------------------------------------------- rate

@@ -194,9 +194,9 @@ class Recorder:
 class Relay(aiosmtpd.controller.Controller):
     """aiosmtpd on a port of its own."""
 
-    def __init__(self, port=0, **options):
+    def __init__(self, port=0, hostname="127.0.0.1", **options):
         self.recorder = Recorder()
-        super().__init__(self.recorder, hostname="127.0.0.1", port=port, ready_timeout=PATIENCE, **options)
+        super().__init__(self.recorder, hostname=hostname, port=port, ready_timeout=PATIENCE, **options)
 
     def factory(self):
         return aiosmtpd.smtp.SMTP(self.handler, **self.SMTP_kwargs)
@@ -340,10 +340,10 @@ class ScriptedRelay:
     Each connection is a Conversation, run by serve(conversation), by default Conversation.serve.
     """
 
-    def __init__(self, extensions=("PIPELINING", "8BITMIME"), serve=None, port=0):
-        self.extensions, self.serve = extensions, serve or Conversation.serve
+    def __init__(self, extensions=("PIPELINING", "8BITMIME"), serve=None, port=0, host="127.0.0.1"):
+        self.extensions, self.serve, self.host = extensions, serve or Conversation.serve, host
         self.mails, self.connections = Collector(), Collector()
-        self.listener = socket.create_server(("127.0.0.1", port), backlog=1000)
+        self.listener = socket.create_server((host, port), backlog=1000)
         self.port = self.listener.getsockname()[1]
         self.open = True
         self.thread = threading.Thread(target=self._accept, daemon=True)
@@ -369,7 +369,7 @@ class ScriptedRelay:
         """Stop listening."""
         self.listener.close()
         with contextlib.suppress(OSError):  # wakes accept()
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
+            socket.create_connection((self.host or "127.0.0.1", self.port), 1).close()
 
     def stop(self):
         """Stop listening, and drop every connection."""
@@ -562,6 +562,7 @@ FLAG_VALUES = [  # flag, its text, the option that it gives
     ("tls", "starttls", "starttls"),
     ("tlsca", "ca.pem", "ca.pem"),
     ("tlscert", "client.pem", "client.pem"),
+    ("tlsname", "mail.example.org", "mail.example.org"),
     ("helo", "app.example.org", "app.example.org"),
     ("concurrency", "7", 7),
     ("timeout", "+3", 3),
@@ -593,6 +594,7 @@ def test_defaults():
         tls="auto",
         tlsca="",
         tlscert="",
+        tlsname="",
         helo="",
         concurrency=100,
         timeout=60,
@@ -1432,7 +1434,7 @@ def security_of(*flags):
 
 def connection_to(relay, timeout=PATIENCE):
     """An open Connection in this process."""
-    return spoolgore.Connection(spoolgore.Address("127.0.0.1", relay.port), timeout).dial(security_of())
+    return spoolgore.dial(spoolgore.Address("127.0.0.1", relay.port), timeout, security_of())
 
 
 @pytest.mark.parametrize(
@@ -1714,9 +1716,6 @@ def test_every_line_of_a_reply_and_its_enhanced_code_are_kept(scripted):
         "RCPT": lambda line: (
             b"450-4.2.1 wait\r\n450-4.2.1 \x07 until\r\n450 4.2.1 noon\r\n" if b"bob" in line else None
         ),
-    }
-    relay.connections.items[0].replies = {
-        "RCPT": lambda line: relay.replies["RCPT"](line) or Conversation.on_RCPT(relay.connections.items[0], line)
     }
     outcomes = connection.transact("app@x.org", ["bob@x.org", "al@x.org"], read_message(b"To: al@x.org\n\n"))
     assert outcomes["bob@x.org"].text == "450 4.2.1 wait\n4.2.1   until\n4.2.1 noon"
@@ -3651,7 +3650,7 @@ def test_fail5xx_is_not_for_a_relay_that_wants_a_login(spool, scripted, run):
 RELAYS_OWN = {  # a 5xx reply that says nothing about any mail -> extensions, replies, flags
     "greeting": ((), {}, ()),
     "EHLO": ((), {"EHLO": b"550 no\r\n", "HELO": b"550 5.7.0 go away\r\n"}, ()),
-    "STARTTLS": (("STARTTLS",), {"STAR": b"554 5.7.0 go away\r\n"}, ()),
+    "STARTTLS": (("STARTTLS",), {"STAR": b"554 5.7.0 go away\r\n"}, ("-tls", "starttls")),
     "AUTH": (("AUTH PLAIN",), {"AUTH": b"535 5.7.0 go away\r\n"}, ("-smtpuser", "u", "-smtppassword", "p")),
 }
 
@@ -4956,7 +4955,7 @@ NO_RELAY = {  # what is dialled, and what the status says
     "closes at once": (say_and_close(b""), "connection closed by the relay"),
     "closes after the banner": (say_and_close(b"220 hello\r\n"), "connection closed by the relay"),
     "two octets a second": (lambda talk: drip(talk, b"220-hello\r\n"), "timed out waiting for the relay's reply"),
-    "200,000 lines": (say_and_close(b"220-hello\r\n" * 200_000), "not an SMTP reply: 220-hello"),
+    "200,000 lines": (say_and_close(b"220-hello\r\n" * 200_000), "a reply of more than 250 lines: 220-hello"),
     "a line of 1 MB": (say_and_close(b"220 " + b"x" * 2**20), "not an SMTP reply: 220 xxxx"),
     "garbage": (say_and_close(bytes(range(256)) * 10 + b"\n"), "not an SMTP reply: "),
     "refuses with 421": (say_and_close(b"421 4.3.2 busy\r\n"), "421 4.3.2 busy"),
@@ -4973,7 +4972,7 @@ def test_relays_that_cannot_be_used_cost_no_attempt(spool, scripted, start):
     texts = {scripted(serve=serve).address: text for serve, text in NO_RELAY.values()}
     texts[f"127.0.0.1:{free_port()}"] = "Connection refused"
     texts[f"nowhere.invalid:{free_port()}"] = "(Name or service not known|.*failure in name resolution)"
-    daemon = start("-smtpaddr", ",".join(texts), "-timeout", 1)
+    daemon = start("-smtpaddr", ",".join(texts), "-timeout", 1, "-tlsname", "relay.example.org")
     put(spool, "m1", mail("a@x.org, b@x.org"))
     bob = wait_until(lambda: found if (found := daemon.recipients("m1").get("b@x.org", {})).get("Error") else None)
     for (address, text), error in zip(texts.items(), bob["Error"].split("; ")):
@@ -5034,7 +5033,7 @@ SICK = {  # the sender: the command that it happens at, what the relay does, and
     "silent-after-rcpt": ("RCPT", hold, SILENT),
     "drips": ("MAIL", lambda talk: drip(talk, b"250-\r\n"), SILENT),
     "garbage": ("MAIL", say(b"\x00\xff\r\n", then=hold), "not an SMTP reply: "),
-    "many-lines": ("RCPT", say(b"250-fine\r\n" * 200_000), "not an SMTP reply: 250-fine"),
+    "many-lines": ("RCPT", say(b"250-fine\r\n" * 200_000), "a reply of more than 100 lines: 250-fine"),
     "long-line": ("RCPT", say(b"250 " + b"x" * 2**20), "not an SMTP reply: 250 xxx"),
     "ends-at-mail": ("MAIL", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
     "ends-at-rcpt": ("RCPT", say(b"421 4.3.2 bye\r\n"), "421 4.3.2 bye"),
@@ -5346,7 +5345,7 @@ def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensi
             unanswered = warm and (scene.mail is LOST or scene.mail.startswith(b"421"))
             try:
                 outcomes = connection.transact("app@x.org", addresses, message)
-            except spoolgore.Unanswered:
+            except spoolgore.Repeat:
                 assert unanswered
                 assert connection.broken
                 return
@@ -5356,7 +5355,7 @@ def test_every_recipient_gets_the_outcome_that_the_relay_means(scripted, extensi
                 assert outcomes[address].verdict is verdict
                 assert ("may have arrived" in outcomes[address].text) is maybe
                 assert reply is LOST or outcomes[address].text == reply.decode()
-            assert connection.broken is scene.closed
+            assert bool(connection.broken) is scene.closed
             accepted = [rcpt for rcpt in scene.rcpts if scene.mail[:1] == rcpt[:1] == b"2"] if scene.contents else []
             assert all(content == (message.whole if accepted or chunked else b"") for content in scene.contents)
             if not connection.broken:
@@ -5380,7 +5379,7 @@ def let_run_until(check, what=""):
 class Wire:
     """A connection to an Island."""
 
-    broken, deadline, heard = False, math.inf, math.inf
+    broken, deadline, heard = "", math.inf, math.inf
 
     def __init__(self, island):
         self.island, self.used = island, time.monotonic()
@@ -5434,7 +5433,7 @@ class Island:
             gevent.sleep(self.chance.choice([0, 0, 0.001]))
             wire.broken = self.away or self.chance.random() < 0.1
             if wire.broken and (self.away or self.chance.random() < 0.5):
-                raise spoolgore.Unanswered
+                raise spoolgore.Repeat
         self.delivered.append(message)
 
     def weather(self):
@@ -5629,15 +5628,195 @@ def test_one_reply_too_many_is_not_taken_for_that_to_the_content(spool, run, scr
     assert daemon.recipients("m1")["a@x.org"]["Attempts"] == 1
 
 
-@pytest.mark.parametrize("extensions", [("CHUNKING",), ("PIPELINING", "CHUNKING")])
-@pytest.mark.parametrize("more, is_taken", [(b"421 4.3.2 closing\r\n", True), (b"550 5.7.1 spam\r\n", False)])
-def test_what_follows_the_reply_to_a_chunk(spool, run, scripted, extensions, more, is_taken):
-    """Of two replies the last counts, since the first may belong to an earlier command; but 421 may always come."""
-    relay = scripted(extensions=extensions)
-    relay.replies = {"content": b"250 2.0.0 taken\r\n" + more}
+CHUNKED = [("CHUNKING",), ("PIPELINING", "CHUNKING")]
+
+
+def without_offers(daemon):
+    """What the log says of extensions that are not used any more."""
+    return [
+        re.search(r"no [A-Z]+(?: and no [A-Z]+)? from now on", line)[0] for line in daemon.lines if "from now" in line
+    ]
+
+
+def test_a_relay_may_close_after_the_reply_to_the_content(spool, run, scripted):
+    for extensions in [(), ("PIPELINING",), *CHUNKED]:
+        relay = scripted(extensions=extensions)
+        relay.replies = {"content": b"250 2.0.0 taken\r\n421 4.3.2 closing\r\n"}
+        put(spool, "m1", mail("a@x.org"))
+        daemon = run("-once", "-smtpaddr", relay.address)
+        assert daemon.status_code == 0 and names(spool) == [] and not without_offers(daemon)
+
+
+SURPLUS = [  # what a relay says to BDAT, and whether it may have taken the mail
+    ("500 5.5.1 what?", "250 2.0.0 fine", True),
+    ("552 5.2.2 full", "221 2.0.0 bye", True),
+    ("554 5.6.0 no", "220 relay.example.org", True),
+    ("451 4.3.0 later", "250 2.0.0 taken", True),
+    ("250 2.0.0 taken", "550 5.7.1 spam", True),
+    ("250 2.0.0 taken", "250 2.0.0 taken", True),
+    ("250 2.0.0 taken", "garbage", True),
+    ("250 2.0.0 taken", "25", True),
+    ("354 go ahead", "250 2.0.0 taken", True),
+    ("550 5.7.1 spam", "550 5.7.1 spam", False),
+    ("451 4.3.0 later", "554 5.7.1 spam", False),
+    ("500 5.5.1 what?", "500 5.5.1 what?", False),
+]
+
+
+@pytest.mark.parametrize("extensions", CHUNKED, ids=" and ".join)
+@pytest.mark.parametrize("first, second, maybe", SURPLUS)
+def test_a_mail_with_more_replies_than_were_asked_for_goes_again_in_lock_step(
+    spool, run, scripted, extensions, first, second, maybe
+):
+    def serve(conversation):
+        def on_bdat(line):
+            conversation.read(int(line.split()[1]))
+            return f"{first}\r\n{second}\r\n".encode()
+
+        conversation.replies = {"BDAT": on_bdat}
+        conversation.serve()
+
+    relay = scripted(extensions=extensions, serve=serve)
     put(spool, "m1", mail("a@x.org"))
-    assert run("-once", "-smtpaddr", relay.address).status_code == (0 if is_taken else 75)
-    assert names(spool) == ([] if is_taken else ["m1"])
+    put(spool, "m2", mail("b@x.org"))
+    daemon = run("-once", "-concurrency", 1, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0 and names(spool) == []
+    assert sorted(received.recipients for received in relay.mails.items) == [["a@x.org"], ["b@x.org"]]
+    commands = [line[:4] for conversation in relay.connections.items for line in conversation.commands]
+    assert (commands.count(b"BDAT"), commands.count(b"DATA")) == (1, 2)
+    suspects = ["CHUNKING"] if first.startswith("500") else reversed(extensions)
+    assert without_offers(daemon) == [f"no {' and no '.join(suspects)} from now on"]
+    assert bool([line for line in daemon.lines if "is sent again, it may have arrived" in line]) is maybe
+    assert not [line for line in daemon.lines if "SMTP error" in line or "attempt: 1" in line]
+
+
+@pytest.mark.parametrize("extensions", [(), ("PIPELINING",)], ids=["lock-step", "PIPELINING"])
+@pytest.mark.parametrize("first, second, maybe", SURPLUS)
+def test_the_worst_of_several_replies_to_the_content_counts(spool, run, scripted, extensions, first, second, maybe):
+    relay = scripted(extensions=extensions)
+    relay.replies = {"content": f"{first}\r\n{second}\r\n".encode()}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and names(spool) == ["m1"]
+    recipient = daemon.recipients("m1")["a@x.org"]
+    assert (recipient["Status"], recipient["Attempts"]) == (0, 1)
+    said = second if first[0] == "2" or second > first > "4" else first
+    assert recipient["Error"].partition(" (")[0] in (said, f"0 {said}")
+    assert ("may have arrived" in recipient["Error"]) is maybe
+    assert len(relay.connections.items) == (2 if extensions else 1)
+    assert without_offers(daemon) == (["no PIPELINING from now on"] if extensions else [])
+
+
+def without_bdat(code):
+    """A relay that offers CHUNKING and does not know BDAT: it takes the content for commands."""
+
+    def serve(conversation):
+        known = {"EHLO", "MAIL", "RCPT", "DATA", "RSET", "QUIT", "content"}
+        unknown = b"%d 5.5.1 what?\r\n" % code
+        conversation.relay_reply = lambda verb: None if verb in known else unknown
+        conversation.serve()
+
+    return serve
+
+
+@pytest.mark.parametrize("extensions", CHUNKED, ids=" and ".join)
+@pytest.mark.parametrize("code", [500, 502, 503, 504])
+def test_a_relay_that_does_not_know_bdat_gets_data(spool, run, scripted, extensions, code):
+    relay = scripted(extensions=extensions, serve=without_bdat(code))
+    body = "MAIL FROM:<smuggled@x.org>\n"
+    put(spool, "m1", mail("a@x.org, b@x.org", body=body))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 0 and names(spool) == []
+    assert [received.recipients for received in relay.mails.items] == [["a@x.org", "b@x.org"]]
+    assert without_offers(daemon) == ["no CHUNKING from now on"]
+    assert not [line for line in daemon.lines if "SMTP error" in line]
+
+
+def test_bdat_that_is_refused_since_nobody_was_accepted_says_nothing_about_bdat(spool, run, scripted):
+    relay = scripted(extensions=("PIPELINING", "CHUNKING"))
+    relay.replies = {"RCPT": b"550 5.1.1 no such user\r\n", "content": b"503 5.5.1 no recipients\r\n"}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.recipients("m1")["a@x.org"]["Error"] == "550 5.1.1 no such user"
+    assert not without_offers(daemon)
+
+
+@pytest.mark.parametrize("silent_after", ["MAIL", "RCPT"])
+def test_silence_in_a_pipelined_group_is_no_fault_of_the_mail(spool, run, scripted, silent_after):
+    """Some filters forget the rest of what came in one packet."""
+
+    def serve(conversation):
+        def answer_and_forget(line):
+            getattr(conversation, f"on_{silent_after}")(line)
+            if conversation.unread:
+                conversation.flush()
+                conversation.unread.clear()
+                hold(conversation)
+            return b""
+
+        conversation.replies = {silent_after: answer_and_forget}
+        conversation.serve()
+
+    relay = scripted(extensions=("PIPELINING",), serve=serve)
+    for number in range(3):
+        put(spool, f"m{number}", mail("a@x.org"))
+    daemon = run("-once", "-timeout", 1, "-concurrency", 1, "-smtpaddr", relay.address)
+    assert daemon.status_code == 0 and len(relay.mails.items) == 3
+    assert without_offers(daemon) == ["no PIPELINING from now on"]
+    assert not [line for line in daemon.lines if "SMTP error" in line or "attempt: 1" in line]
+
+
+def test_silence_after_the_content_is_not_answered_by_sending_it_again(spool, start, scripted, monkeypatch):
+    def serve(conversation):
+        conversation.replies = {"RCPT": lambda line: hold(conversation)}
+        conversation.serve()
+
+    relay = scripted(extensions=("PIPELINING", "CHUNKING"), serve=serve)
+    monkeypatch.setattr(spoolgore, "FINAL_REPLY_SECONDS", 0.1)
+    connection = connection_to(relay)
+    outcome = send_to_alice(connection)
+    assert outcome.verdict is spoolgore.Verdict.DEFERRED and "may have arrived" in outcome.text
+    assert list(connection.shunned) == ["PIPELINING"]
+
+
+def test_what_went_wrong_is_used_again_after_an_outage(spool, start, scripted):
+    relay = scripted(extensions=("PIPELINING", "CHUNKING"), serve=without_bdat(502))
+    daemon = start("-smtpaddr", relay.address)
+    put(spool, "m1", mail("a@x.org"))
+    relay.wait_for(1)
+    wait_until(lambda: not names(spool))
+    port, connections = relay.port, list(relay.connections.items)
+    relay.stop()
+    put(spool, "m2", mail("b@x.org"))
+    daemon.wait_for("relay unavailable")
+    again = scripted(extensions=("PIPELINING", "CHUNKING"), port=port)
+    assert again.wait_for(1)[0].recipients == ["b@x.org"]
+    assert [line[:4] for line in again.connections.items[0].commands][-1] == b"BDAT"
+    assert sum(line[:4] == b"DATA" for conversation in connections for line in conversation.commands) == 1
+
+
+def test_what_went_wrong_is_used_again_after_an_hour(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(spoolgore.time, "monotonic", lambda: now[0])
+    connection = spoolgore.Connection(None, spoolgore.Address("relay.example.org", 25), 1)
+    connection.shun(["CHUNKING"], "BDAT was answered with 500 what?")
+    assert connection.broken and connection.may_use("PIPELINING")
+    for now[0], is_used in [(1001, False), (1000 + 3599, False), (1000 + 3601, True)]:
+        assert connection.may_use("CHUNKING") is is_used
+
+
+def test_a_reply_that_nobody_asked_for_on_an_idle_connection(spool, start, scripted):
+    relay = scripted(extensions=("PIPELINING", "CHUNKING"))
+    daemon = start("-smtpaddr", relay.address)
+    put(spool, "m1", mail("a@x.org"))
+    relay.wait_for(1)
+    wait_until(lambda: not names(spool))
+    relay.connections.items[0].sock.sendall(b"552 5.2.2 full\r\n")
+    put(spool, "m2", mail("b@x.org"))
+    relay.wait_for(2)
+    daemon.stop()
+    assert without_offers(daemon) == ["no CHUNKING and no PIPELINING from now on"]
+    assert [line for line in daemon.lines if "maybe of the mail before: 552 5.2.2 full" in line]
 
 
 def test_content_is_not_sent_again_to_a_relay_that_asks_for_it_behind_bdat(spool, run, scripted):
@@ -5684,6 +5863,17 @@ def test_without_smtputf8_only_who_needs_it_is_refused(scripted):
         needs_smtputf8(UTF8)[1].replace("sent: ", "sent: the sender "),
     )
     assert not commands
+
+
+@pytest.mark.parametrize(
+    "code, text, is_too_many",
+    [(code, "x.5.3 enough".replace("x", str(code)[0]), True) for code in (450, 451, 452, 550, 552)]
+    + [(452, "enough", True), (552, "enough", True), (452, "too many\n4.5.3 for you", True)]
+    + [(450, "enough", False), (550, "enough", False), (452, "4.2.2 full", False), (552, "5.2.2 full", False)]
+    + [(451, "4.7.1 x.5.3", False)],
+)
+def test_which_replies_mean_too_many_recipients(code, text, is_too_many):
+    assert spoolgore.too_many(spoolgore.Reply(code, text, False)) is is_too_many
 
 
 # -- the life of a connection
@@ -5807,7 +5997,7 @@ def test_a_connection_that_was_dropped_while_idle_is_replaced_silently(spool, sc
     assert not [line for line in daemon.lines if "error" in line or "unavailable" in line]
 
 
-def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scripted, monkeypatch):
+def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scripted, monkeypatch, caplog):
     """However many warm connections there are: only the first could have died of idleness."""
     relay = scripted(("PIPELINING", "CHUNKING"))
     store = store_of(relay, monkeypatch)
@@ -5822,6 +6012,8 @@ def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scrip
     assert len(contents.items) == 2
     assert outcome.verdict is spoolgore.Verdict.DEFERRED
     assert "may have arrived" in outcome.text
+    (repeated,) = [record.getMessage() for record in caplog.records]
+    assert repeated.endswith("the mail to a@x.org is sent again, it may have arrived")
     store.close()
 
 
@@ -6154,7 +6346,7 @@ def dial(address, *flags, environ=()):
     """A Connection that is open and logged in, by the flags. Raises OSError."""
     options = options_of("-timeout", str(PATIENCE), "-helo", "app.example.org", "-smtpaddr", address, *flags, "spool")
     security = spoolgore.Security(options, dict(environ))
-    return spoolgore.Connection(options.smtpaddr[0], options.timeout).dial(security)
+    return spoolgore.dial(options.smtpaddr[0], options.timeout, security)
 
 
 @pytest.fixture
@@ -6174,7 +6366,7 @@ def relay_with():
 @pytest.mark.parametrize(
     "mode, kind, encrypted",
     [
-        ("auto", "starttls", True),
+        ("auto", "starttls", False),  # this machine: nobody is between
         ("auto", "plain", False),
         ("starttls", "starttls", True),
         ("smtps", "smtps", True),
@@ -6188,6 +6380,53 @@ def test_each_mode_of_tls(spool, run, relay_with, certificates, mode, kind, encr
     daemon = run("-once", "-tls", mode, "-tlsca", certificates.ca, "-smtpaddr", relay.address)
     assert daemon.status_code == 0, daemon.lines
     assert (kind == "smtps" or relay.mails[0].session.ssl is not None) == encrypted
+
+
+def own_address():
+    """An address of this machine that is not a loopback address."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.connect(("203.0.113.1", 25))  # sends nothing
+        if not ip_address(sock.getsockname()[0]).is_loopback:
+            return sock.getsockname()[0]
+    return (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("needs an address beside 127.0.0.1")
+
+
+def test_auto_encrypts_to_every_other_machine(spool, run, relay_with, certificates):
+    host = own_address()
+    good = certificates.server(certificates.authority.issue("elsewhere", host))
+    relay = relay_with(hostname=host, tls_context=good)
+    put(spool, "m1", mail())
+    flags = ["-once", "-smtpaddr", f"{host}:{relay.port}"]
+    assert_relay_at_fault(run(*flags), "certificate verify failed")
+    assert run(*flags, "-tlsca", certificates.ca).status_code == 0
+    assert relay.mails[0].session.ssl is not None
+
+
+@pytest.mark.parametrize("kind", ["tls_context", "ssl_context"])
+def test_the_name_that_a_certificate_must_bear(spool, run, relay_with, certificates, kind):
+    """With it TLS is spoken to this machine too: the name is another machine's, behind a tunnel."""
+    relay = relay_with(**{kind: certificates.server(certificates.authority.issue("tunnel", "mail.example.org"))})
+    put(spool, "m1", mail())
+    flags = ["-once", "-tlsca", certificates.ca, "-smtpaddr", relay.address]
+    flags += ["-tls", "smtps"] if kind == "ssl_context" else []
+    refusal = "Hostname mismatch, certificate is not valid for 'other.example.org'"
+    assert_relay_at_fault(run(*flags, "-tlsname", "other.example.org"), refusal)
+    assert run(*flags, "-tlsname", "mail.example.org").status_code == 0
+    assert relay.mails[0].session.ssl is not None or kind == "ssl_context"
+
+
+@pytest.mark.parametrize(
+    "host, near",
+    [("127.0.0.1", True), ("127.9.8.7", True), ("::1", True), ("::ffff:127.0.0.1", True)]
+    + [("192.0.2.1", False), ("::ffff:192.0.2.1", False), ("fe80::1%2", False), ("0.0.0.0", False)],
+)
+def test_what_is_this_machine(host, near):
+    class Sock:
+        @staticmethod
+        def getpeername():
+            return host, 25
+
+    assert spoolgore.is_loopback(Sock) is near
 
 
 @pytest.mark.parametrize(
@@ -6228,11 +6467,9 @@ def test_a_certificate_that_is_no_good(relay_with, certificates, kind, number):
 def test_a_private_authority_is_not_trusted_unless_it_is_named(spool, run, relay_with, certificates):
     relay = relay_with(tls_context=certificates.server())
     put(spool, "m1", mail())
-    assert_relay_at_fault(
-        run("-once", "-smtpaddr", relay.address), "certificate verify failed: unable to get local issuer"
-    )
-    flags = ["-once", "-smtpaddr", relay.address, "-tlsca", certificates.ca]
-    assert run(*flags).status_code == 0 and len(relay.mails) == 1
+    flags = ["-once", "-smtpaddr", relay.address, "-tls", "starttls"]
+    assert_relay_at_fault(run(*flags), "certificate verify failed: unable to get local issuer")
+    assert run(*flags, "-tlsca", certificates.ca).status_code == 0 and len(relay.mails) == 1
 
 
 @pytest.mark.parametrize("flag", ["tlsca", "tlscert"])
@@ -6270,7 +6507,7 @@ def test_what_comes_before_the_handshake_is_thrown_away(spool, run, scripted, ce
 
     relay = scripted(serve=serve)
     put(spool, "m1", mail())
-    daemon = run("-once", "-tlsca", certificates.ca, "-smtpaddr", relay.address)
+    daemon = run("-once", "-tls", "starttls", "-tlsca", certificates.ca, "-smtpaddr", relay.address)
     assert daemon.status_code == 0, daemon.lines
     assert len(relay.mails.items) == 1
     (conversation,) = relay.connections.items
@@ -6282,7 +6519,8 @@ def test_starttls_that_is_refused_is_no_reason_to_go_on_in_the_clear(spool, run,
     relay = scripted(["STARTTLS", "AUTH PLAIN"])
     relay.replies = {"STAR": b"454 4.7.0 TLS not available\r\n"}
     put(spool, "m1", mail())
-    daemon = run("-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", relay.address)
+    login = ["-smtpuser", "app", "-smtppassword", "s3cret"]
+    daemon = run("-once", *login, "-tlsname", "relay.example.org", "-smtpaddr", relay.address)
     assert_relay_at_fault(daemon, "454 4.7.0 TLS not available")
     assert [line[:4].upper() for line in relay.connections.items[0].commands] == [b"EHLO", b"STAR"]
 
@@ -6313,7 +6551,7 @@ def test_silence_behind_the_handshake_has_its_time_limit(spool, run, relay_with,
 
 def test_postfix_wants_a_client_certificate(spool, run, postfix, certificates):
     put(spool, "m1", mail("certified@example.org"))
-    flags = ["-once", "-tlsca", certificates.ca, "-smtpaddr", postfix.at("by_certificate")]
+    flags = ["-once", "-tls", "starttls", "-tlsca", certificates.ca, "-smtpaddr", postfix.at("by_certificate")]
     assert_relay_at_fault(run(*flags), "Error: No client certificate presented")
     assert run(*flags, "-tlscert", certificates.client).status_code == 0
     assert postfix.wait_for("certified@example.org")
@@ -6335,7 +6573,8 @@ def test_postfix_wants_a_client_certificate(spool, run, postfix, certificates):
 def test_every_login_at_postfix(postfix, certificates, flags, service, method):
     recipient = f"{method}.{service}.{len(flags)}@example.org".lower()
     environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret-ü", "SPOOLGORE_SMTPMD5PASSWORD": "s3cret-ü"}
-    flags = [*flags, "-tlsca", str(certificates.ca), "-tls", "smtps" if service == "smtps" else "auto"]
+    mode = {"smtps": "smtps", "submission": "starttls"}.get(service, "auto")
+    flags = [*flags, "-tlsca", str(certificates.ca), "-tls", mode]
     connection = dial(postfix.at(service), *flags, environ=environ)
     outcomes = connection.transact("app@example.org", [recipient], read_message(mail(recipient).encode()))
     connection.quit_politely()
@@ -6364,6 +6603,28 @@ def test_login_where_plain_is_not_offered(spool, run, relay_with):
     assert Authenticator.logins == [("LOGIN", b"app", b"s3cret")] and len(relay.mails) == 1
 
 
+@pytest.mark.parametrize("code", [500, 502, 504, 535])
+def test_plain_that_is_offered_and_not_known(scripted, code):
+    relay = scripted(["AUTH PLAIN LOGIN"])
+    answers = iter([b"%d 5.5.4 what?\r\n" % code, b"334 VXNlcm5hbWU6\r\n"])
+    relay.replies = {
+        "AUTH": lambda line: next(answers),
+        base64.b64encode(b"app").decode()[:4].upper(): b"334 UGFzc3dvcmQ6\r\n",
+        base64.b64encode(b"s3cret").decode()[:4].upper(): b"235 2.7.0 welcome\r\n",
+    }
+    environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret"}
+    if code == 535:
+        with pytest.raises(spoolgore.LoginRefused, match="535 5.5.4 what?"):
+            dial(relay.address, "-smtpuser", "app", environ=environ)
+    else:
+        with pytest.raises(spoolgore.LoginRefused, match=f"{code} 5.5.4 what?"):
+            dial(relay.address, "-smtpuser", "app", "-smtpauth", "plain", environ=environ)
+        answers = iter([b"%d 5.5.4 what?\r\n" % code, b"334 VXNlcm5hbWU6\r\n"])
+        dial(relay.address, "-smtpuser", "app", environ=environ).close()
+        commands = [line.split()[:2] for line in relay.connections.items[-1].commands]
+        assert commands[1][:2] == [b"AUTH", b"PLAIN"] and commands[2] == [b"AUTH", b"LOGIN"]
+
+
 @pytest.mark.parametrize(
     "flags, offered, text",
     [
@@ -6385,25 +6646,23 @@ def test_a_login_that_is_not_offered(scripted, flags, offered, text):
 
 
 def test_a_password_stays_here_without_tls(spool, run, scripted):
-    relay = scripted(["AUTH PLAIN LOGIN XOAUTH2 CRAM-MD5"])
+    host = own_address()
+    relay = scripted(["AUTH PLAIN LOGIN XOAUTH2 CRAM-MD5"], host=host)
     relay.replies = {"AUTH": b"535 5.7.8 no\r\n"}
     put(spool, "m1", mail())
-    flags = ["-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", f"127.1:{relay.port}"]
-    for mechanism in ("", "xoauth2"):  # 127.1 is 127.0.0.1, but by a name that is not known to be ours
+    flags = ["-once", "-smtpuser", "app", "-smtppassword", "s3cret", "-smtpaddr", f"{host}:{relay.port}"]
+    for mechanism in ("", "xoauth2"):
         assert_relay_at_fault(run(*flags, "-smtpauth", mechanism), "unencrypted connection")
     assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
     assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "535 5.7.8 no")  # this one does not send it
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
-def test_hosts_that_a_password_may_go_to_in_the_clear(host):
-    class Clear:
-        address, encrypted = spoolgore.Address(host, 25), False
-
-    spoolgore.check_secrecy("plain", Clear)
-    Clear.address = spoolgore.Address(f"{host}.example.org", 25)
-    with pytest.raises(spoolgore.RelayError, match="unencrypted connection"):
-        spoolgore.check_secrecy("plain", Clear)
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2"])
+def test_hosts_that_a_password_may_go_to_in_the_clear(scripted, host):
+    relay = scripted(["AUTH PLAIN"], host="" if host == "localhost" else host)
+    relay.replies = {"AUTH": b"235 2.7.0 welcome\r\n"}
+    dial(f"{host}:{relay.port}", "-smtpuser", "app", environ={"SPOOLGORE_SMTPPASSWORD": "s3cret"}).close()
+    assert [line[:10] for line in relay.connections.items[0].commands][1:] == [b"AUTH PLAIN"]
 
 
 @pytest.mark.parametrize(
@@ -6531,7 +6790,7 @@ def test_a_permanent_reply_to_anything_but_the_mail_is_the_relay_s_fault(spool, 
     if verb == "EHLO":
         relay.replies["HELO"] = relay.replies["EHLO"]
     put(spool, "m1", mail())
-    flags = ["-once", "-fail5xx", "-attempts", 1, "-smtpuser", "app", "-smtppassword", "s3cret"]
+    flags = ["-once", "-fail5xx", "-attempts", 1, "-smtpuser", "app", "-smtppassword", "s3cret", "-tlsname", "x.org"]
     assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), "554 5.7.1 refused here")
 
 
@@ -6712,9 +6971,9 @@ def test_a_relay_that_hangs_and_takes_no_other_connection_is_not_waited_for(spoo
 ])  # fmt: skip
 def test_a_dial_that_fails_beside_a_connection(heard, error, is_down):
     relay = spoolgore.Relay("a relay", None, 10)
-    connection = spoolgore.Connection(spoolgore.Address("127.0.0.1", 25), 1)
+    connection = spoolgore.Connection(None, spoolgore.Address("127.0.0.1", 25), 1)
     connection.heard = time.monotonic() + heard
-    relay.in_use, relay.established = {connection}, 1
+    relay.in_use = {connection}
     relay._dial_failed(error)
     relay.close()
     assert bool(relay.down) == is_down and relay.cap == (10 if is_down else 1)
@@ -6795,7 +7054,7 @@ def test_the_name_for_ehlo_is_the_machine_s_if_it_is_a_full_one(monkeypatch, scr
     security = spoolgore.Security(options_of("spool"), {})
     address = spoolgore.Address("127.0.0.1", relay.port)
     for _ in range(3):
-        spoolgore.Connection(address, PATIENCE).dial(security).close()
+        spoolgore.dial(address, PATIENCE, security).close()
     assert [line for conversation in relay.connections.items for line in conversation.commands] == [
         f"ehlo {name}".encode()
     ] * 3
@@ -6805,7 +7064,7 @@ def test_the_name_for_ehlo_is_the_machine_s_if_it_is_a_full_one(monkeypatch, scr
 def test_a_name_that_is_not_found_in_time_is_not_said(monkeypatch, scripted):
     monkeypatch.setattr(spoolgore.socket, "getfqdn", lambda: gevent.event.Event().wait() or "late.example.org")
     relay, security = scripted(), spoolgore.Security(options_of("-timeout", "1", "spool"), {})
-    spoolgore.Connection(spoolgore.Address("127.0.0.1", relay.port), PATIENCE).dial(security).close()
+    spoolgore.dial(spoolgore.Address("127.0.0.1", relay.port), PATIENCE, security).close()
     assert relay.connections.items[0].commands == [b"ehlo [127.0.0.1]"]
 
 
