@@ -164,7 +164,8 @@ SILENT_SECONDS = 60  # a relay of which nothing was heard for so long, and that 
 CAP_SECONDS = 30  # how long a relay's limit on connections is believed
 SPARE_DESCRIPTORS = 30  # for the lock, the status, inotify, the interpreter
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
-UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go; a link may look like that
+UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go (a link may look like that), or is there
+NAME_LIMIT = 255  # octets of a file's name (NAME_MAX)
 SAVE_SECONDS = 1  # the least time between two writes of the status file
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 SPEED_SECONDS = 10  # mails a second are those of this time
@@ -905,6 +906,13 @@ def renew(envelope, message, now):
         envelope.update({**new_envelope(message, now), "Enqueued": envelope.get("Enqueued", format_time(now))})
 
 
+def unknown_to(envelope, message):
+    """Who is named by the message and not by the entry: its file was replaced."""
+    known = {recipient["Address"] for recipient in recipients(envelope)}
+    named = [address for addresses in message.recipients.values() for address in addresses]
+    return ", ".join(address for address in named if address not in known)
+
+
 def unusable(envelope, reason):
     """The same entry with the reason why its mail cannot be sent."""
     return {**envelope, "Error": reason}
@@ -1425,6 +1433,7 @@ class Mail(NamedTuple):
     size: int  # octets
     links: int  # how many names it had
     identity: tuple
+    is_open: bool = False  # for writing, or so it seems
 
 
 def identity(status):
@@ -1469,9 +1478,13 @@ OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK
 
 
 def is_being_written(refused, status, now, closed):
-    """Whether a file has to wait; see Spool.claim. refused: what lease_refused() says."""
+    """Whether a file has to wait; see Spool.claim. refused: what lease_refused() says.
+
+    A lease that is refused means that somebody writes the file, or that it lies on NFS or CIFS, where they are refused
+    for ever. So a file that nobody changed for long is believed to be whole in any case.
+    """
     if refused is not None:
-        return refused
+        return refused and abs(now - status.st_ctime) < UNCLOSED_SECONDS
     pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[closed]
     return abs(now - status.st_mtime) < pause
 
@@ -1488,6 +1501,26 @@ def is_locked(handle, pid):
     except OSError as error:
         return error.errno == errno.EPERM
     return True
+
+
+@contextlib.contextmanager
+def naming_owner(path):
+    """An OSError says whose file it is; of the directory, while there is no such file."""
+    try:
+        yield
+    except OSError as error:
+        shown = path if look(path) else os.path.dirname(path)
+        owner = f" (it belongs to {owner_of(shown)})" if look(shown) else ""
+        raise OSError(error.errno, f"{error.strerror}{owner}", path if look(path) else shown) from None
+
+
+def owner_of(path):
+    """The name of a file's owner, else his number."""
+    with contextlib.suppress(ImportError, KeyError):
+        import pwd  # not on Windows
+
+        return pwd.getpwuid(os.lstat(path).st_uid).pw_name
+    return os.lstat(path).st_uid
 
 
 def int_or_zero(text):
@@ -1571,13 +1604,17 @@ class Spool:
 
     def lock(self):
         """Make this process the only one that sends from here. Raises Locked, OSError."""
-        handle = self._open_lock()
+        path = self.path(".spoolgore.lock")
+        with naming_owner(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
             if fcntl:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             owner = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
             os.close(handle)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise OSError(error.errno, f"{error.strerror} (it cannot be locked)", path) from None
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(handle, os.write(handle, f"{os.getpid()}\n".encode()))
@@ -1585,12 +1622,6 @@ class Spool:
         self._home = os.stat(self.directory)
         if previous is not None:
             os.close(previous)
-
-    def _open_lock(self):
-        try:
-            return os.open(self.path(".spoolgore.lock"), os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
-        except OSError as error:  # people know the directory, not the lock
-            raise OSError(error.errno, error.strerror, self.directory) from None
 
     def mark(self, suspended):
         """Let owner() know, in a second line of the lock's file, whose time stays that of the start."""
@@ -1626,7 +1657,7 @@ class Spool:
         if not stat.S_ISREG(status.st_mode) or is_being_written(refused, status, now, closed):
             file.close()
             raise NotYet
-        return Mail(path, file, status.st_size, status.st_nlink, identity(status))
+        return Mail(path, file, status.st_size, status.st_nlink, identity(status), bool(refused))
 
     def links(self, mail):
         """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
@@ -1688,7 +1719,9 @@ class Spool:
     def failed_paths(self, path):
         """Where a mail may lie in .failed: under its own name, or one with a number."""
         yield self.failed_path(path)
-        yield from (f"{self.failed_path(path)}.{number}" for number in itertools.count(1))
+        name = os.fsencode(os.path.basename(path))
+        for suffix in (b".%d" % number for number in itertools.count(1)):
+            yield os.path.join(self.failed, os.fsdecode(name[: NAME_LIMIT - len(suffix)] + suffix))
 
     def put_aside(self, mail, links):
         """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
@@ -3585,6 +3618,7 @@ class Spooler:
         """The file is not there: somebody removed it, or it was put aside just before a crash."""
         for known in (self.stuck, self.closed, self.resting, self.said):
             known.pop(path, None)
+        self.said.pop(f"{path} recipients", None)
         if path not in self.status or path in self.opened.values():  # in flight: it was renamed to this
             return
         envelope, asides = self.status.peek(path), itertools.takewhile(os.path.lexists, self.spool.failed_paths(path))
@@ -3667,7 +3701,7 @@ class Spooler:
         except FileNotFoundError:
             self.gone(path)
         except NotYet:
-            self.wait_for_writer(path, seen)
+            self.later(path, self.clock() + QUIET_SECONDS)
         except NotAMail as error:
             self.ignore(path, seen, "" if stat.S_ISDIR(seen.st_mode) else str(error))
         except PermissionError as error:
@@ -3677,16 +3711,11 @@ class Spooler:
         else:
             with mail.file:
                 self.closed.pop(path, None)
-                self.said.pop(path, None)
+                if mail.is_open:
+                    log.info(
+                        "%s is sent, though somebody has it open for writing: it was left alone for a minute", path
+                    )
                 self.hold_open(mail, seen)
-
-    def wait_for_writer(self, path, seen):
-        """A writer may take his time; if he only forgot to close the file, people should know."""
-        if self.clock() - seen.st_mtime > UNCLOSED_SECONDS and path not in self.said:
-            reason = "waits, somebody has it open for writing"
-            self.say(path, f"{path} {reason}")
-            self.show(path, reason)
-        self.later(path, self.clock() + QUIET_SECONDS)
 
     def ignore(self, path, seen, reason):
         """Leave this file alone until it changes."""
@@ -3767,6 +3796,10 @@ class Spooler:
         if is_back:
             requeue(envelope, now)
         renew(envelope, message, now)
+        if others := unknown_to(envelope, message):
+            self.say(
+                f"{path} recipients", f"{path} keeps the recipients of the first mail of its name, and not {others}"
+            )
         return envelope
 
     def recognise(self, mail):

@@ -10,6 +10,7 @@ import contextlib
 import email
 import email.policy
 import email.utils
+import errno
 import functools
 import io
 import itertools
@@ -1722,6 +1723,203 @@ def test_every_line_of_a_reply_and_its_enhanced_code_are_kept(scripted):
     assert outcomes["bob@x.org"].verdict is spoolgore.Verdict.DEFERRED
 
 
+# A corpus of odd mails: what applications, scripts and other mail programs write, and what only a fuzzer does. A header
+# says TO where its recipient stands.
+
+ODD_HEADERS = [
+    b"To: TO",
+    b"To:TO",
+    b"to: TO",
+    b"TO : TO",
+    b"To\t:\tTO",
+    b"To: <TO>",
+    b"To: Jane Doe <TO>",
+    b'To: "Doe, Jane" <TO>',
+    b'To: "Jane \\"JD\\" Doe" <TO>',
+    b"To: TO (Jane Doe)",
+    b"To: (Jane) TO",
+    b"To:\n TO",
+    b"To:\r\n\tTO",
+    b"To: Jane\n Doe\n <TO>",
+    b"To: =?utf-8?q?J=C3=BCrgen?= <TO>",
+    b"To: =?utf-8?b?SsO8cmdlbg==?=\n =?utf-8?q?_M=C3=BCller?= <TO>",
+    b"To: J\xc3\xbcrgen <TO>",
+    b"To: J\xfcrgen <TO>",
+    b"To: Team: TO;",
+    b"To: undisclosed-recipients:;\nBcc: TO",
+    b"Bcc: TO",
+    b"BCC:TO\nBcc:\n",
+    b"Bcc: TO,\n secret@example.org\nSubject: folded Bcc",
+    b"Bcc: TO\nSubject: one\nBcc: secret@example.org\nX: two",
+    b"Cc: TO",
+    b"To: TO\nBcc: (nobody)",
+    b"To: TO, ,,",
+    b"To: TO;",
+    b"To: [Ticket #1] Jane <TO>",
+    b"To: R&amp;D <TO>",
+    b"To: <b>Jane</b> <TO>",
+    b"To: Jane <mailto:TO>",
+    b"To: 'TO' <TO>",
+    b"\xef\xbb\xbfTo: TO",
+    b"From app@example.org Mon Jan  1 00:00:00 2026\nTo: TO",
+    b"\xef\xbb\xbfFrom app@example.org Mon Jan  1 00:00:00 2026\r\nTo: TO",
+    b"Resent-From: r@example.org\nResent-To: TO\nResent-Bcc: secret@example.org\nTo: old@example.org\nBcc: older@example.org",
+    b"Resent-Sender: r@example.org\nResent-Cc: TO\nReceived: x\nResent-To: old@example.org",
+    b"To: TO\nSubject:",
+    b"To: TO\nSubject: \n",
+    b"To: TO\nSubject: " + b"x" * 2000,
+    b"To: TO\nSubject: " + b"x" * 998,
+    b"To: TO\nSubject: a\n  b\n\tc\n \n d",
+    b"To: TO\nSubject: trailing blanks  \t ",
+    b"To: TO\nX-Empty:\nX-Blank: \nX-Tab:\t",
+    b"To: TO\nX-!#$%&'*+.^_`|~: y",
+    b"To: TO\n0: digit",
+    b"To: TO\nSubject: \xff\xfe\x00\x01\x7f",
+    b"To: TO\nSubject: bell \x07 escape \x1b[31m",
+    b"To: TO\nSubject: \xe2\x80\xa8 line separator \xc2\x85",
+    b"To: TO\nSubject: a\x0bb\x0cc",
+    b"To: TO\nReceived: from a by b;\n\tMon, 1 Jan 2026 00:00:00 +0000\nReceived: from c by d;\n Sun",
+    b"To: TO\nDKIM-Signature: v=1; a=rsa-sha256;\n b=abc\n  def=;\n\tbh=xyz=",
+    b"To: TO\nMessage-ID: <a@b>\nMessage-ID: <c@d>\nDate: never",
+    b'To: TO\nContent-Type: multipart/mixed;\n boundary="=_x"\nMIME-Version: 1.0',
+    b"To: TO\nFrom: app@example.org\nSender: other@example.org\nReply-To: \nReturn-Path: <>",
+    b"To: TO\nX-Bcc: visible@example.org\nBcc-Note: visible@example.org\nX-Resent-Bcc: visible",
+    b"To: TO\nSubject: Bcc: not a field\n Bcc: nor this",
+    b"To: TO\n" + b"".join(b"X-%d: y\n" % number for number in range(300)).rstrip(),
+    b"X: " + b"folded\n " * 300 + b"end\nTo: TO",
+    b"To: TO\nSubject: .\n .\n ..\nX: .",
+    b"To: TO\r\nSubject: CRLF\r\nX: y",
+    b"To: TO\rSubject: CR\rX: y",
+    b"To: TO\nSubject: mixed\r\nX: y\rZ: z",
+    b"From: Acme, Inc. <app@example.org>\nTo: TO",
+    b"From: app@example.org <other@example.org>\nTo: TO",
+    b"From: <>\nTo: TO",
+    b"From:\nTo: TO",
+    b"To: TO\nTo: ",
+    b'Comments: "unclosed (quotation <\nTo: TO',
+]
+ODD_BODIES = [
+    None,  # no empty line either
+    b"",
+    b"\n",
+    b"\n\n\n",
+    b"\r\n",
+    b"\r",
+    b"no line end",
+    b"one\n",
+    b"one\r\n",
+    b"one\r",
+    b"one\r\r\n",
+    b"one\n\r",
+    b"a\r\nb\nc\rd",
+    b".\n",
+    b".",
+    b"..\n",
+    b"..",
+    b"\n.\n",
+    b".\n.\n.\n",
+    b"a\n.\nb\n",
+    b"a\r\n.\r\nb\r\n",
+    b"a\r.\rb\r",
+    b"a\n.\r\nMAIL FROM:<evil@example.org>\r\nRCPT TO:<evil@example.org>\r\n",
+    b"a\r\n.\nMAIL FROM:<evil@example.org>\n",
+    b"a\r.\r\nRSET\r\nQUIT\r\n",
+    b"RSET\nQUIT\nDATA\nBDAT 5 LAST\n",
+    b"BDAT 0 LAST\r\n",
+    b". \n.\t\n",
+    b".a\n..b\n...c\n",
+    b" .\n\t.\n",
+    b"a.\nb.\n",
+    b"\x00",
+    b"\x00\n\x00\n",
+    b"a\x00b\n",
+    bytes(range(256)),
+    bytes(range(256)) * 20,
+    bytes(reversed(range(256))) * 3,
+    b"\xff\xfe\n",
+    b"\xef\xbb\xbfmark\n",
+    b"\xc3\xa4\xc3\xb6\xc3\xbc \xe2\x82\xac \xf0\x9f\x93\xa8\n",
+    b"\xe4\xf6\xfc\n",
+    b"\x1b[2J\x07\x08\n",
+    b"\x0b\x0c\x1c\x1d\x1e\n",
+    b"\x85 \xc2\x85 \xe2\x80\xa8 \xe2\x80\xa9\n",
+    b"\x1a",
+    b"From here on\n>From there\n",
+    b"To: nobody@example.org\nBcc: body@example.org\n\nBcc: body@example.org\n",
+    b"x" * 997 + b"\n",
+    b"x" * 998 + b"\n",
+    b"x" * 999 + b"\n",
+    b"x" * 5000 + b"\n",
+    b"x" * 100_000,
+    b"." * 5000,
+    b".\n" * 5000,
+    b"\n" * 5000,
+    b"\r" * 5000,
+    b"\r\n" * 5000,
+    b"\n.\r\n" * 3000,
+    b" \n" * 100,
+    b"trailing  \t \n\t\n",
+    b"--=_x\nContent-Type: text/plain\n\na\n--=_x--\n",
+    b"--=_x--",
+    b"begin 644 a\n#0V%T\n`\nend\n",
+    b"=3D=\n=0D=0A.=0D=0A\n",
+    b"JVBERi0xLjQK\n",
+    b"%s %d {0} {} %(x)s\n",
+    b"$HOME `id` $(id) \\n \\r\\n\n",
+    b"' OR 1=1 --\n",
+    b"<script>alert(1)</script>\n",
+    b"250 2.0.0 taken\r\n421 bye\r\n",
+    b"354 go ahead\n",
+    b"--\n",
+    b"-- \nsignature",
+    b"a" * 2046 + b"\r\n.\r\n",
+    b"a" * 4095 + b"\r\n.",
+    b"a\n" * 40_000,
+]
+
+
+def odd_mails():
+    """(recipient, file) of each: every header with a plain body, every body below a plain header, and pairs of them."""
+    plain, number = b"Hello.\n", itertools.count()
+    pairs = [(header, plain) for header in ODD_HEADERS] + [(ODD_HEADERS[0], body) for body in ODD_BODIES]
+    pairs += [(header, ODD_BODIES[place * 7 % len(ODD_BODIES)]) for place, header in enumerate(ODD_HEADERS)]
+    for header, body in pairs:
+        recipient = f"odd{next(number)}@example.org"
+        header = header.replace(b"TO", recipient.encode()).replace(b"%s :" % recipient.encode(), b"TO :")
+        yield recipient, header + (b"" if body is None else b"\n\n" + body)
+
+
+@pytest.mark.parametrize("extensions", [(), ("PIPELINING", "8BITMIME"), ("PIPELINING", "CHUNKING")], ids=" and ".join)
+def test_odd_mails_arrive_as_they_are(spool, scripted, run, extensions):
+    relay, mails = scripted(extensions), dict(odd_mails())
+    assert len(mails) >= 200
+    for recipient, data in mails.items():
+        (spool / recipient).write_bytes(data)
+    daemon = run("-once", "-smtpaddr", relay.address)
+    received = {mail.recipients[0]: mail for mail in relay.mails.items}
+    assert daemon.status_code == 0 and names(spool) == [] and len(relay.mails.items) == len(mails)
+    for recipient, data in mails.items():
+        expected, _ = as_sent(data)
+        assert received[recipient].content == expected, data[:200]
+        assert received[recipient].recipients == [recipient] or b"secret@example.org" in data
+
+
+HELD_HEADERS = [  # from the addresses above that leave a doubt: nobody is served, and the file stays
+    f"To: {text}".encode("utf-8", "surrogateescape") for text, addresses in ADDRESS_LISTS if addresses is None
+] + [b"From: root\nTo: a@x.org", b"\nTo: a@x.org", b"To: a@x.org\nno field", b"Resent-To: a@x.org, root\nTo: b@x.org"]
+
+
+def test_mails_that_leave_a_doubt_are_held_and_nobody_is_served(spool, scripted, run):
+    relay = scripted()
+    for number, header in enumerate(HELD_HEADERS):
+        put(spool, f"m{number}", header + b"\n\nHello.\n")
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75
+    assert not relay.mails.items and not relay.connections.items
+    assert len(names(spool)) == len(HELD_HEADERS) == len(said(daemon, "unable to parse mail file, "))
+    assert all(entry["Error"].startswith("unable to parse mail file, ") for entry in daemon.status().values())
+
+
 @pytest.fixture(scope="module")
 def dkim_key():
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
@@ -3028,6 +3226,42 @@ def test_no_more_mails_are_in_flight_than_files_may_be_open(spool, relay, run):
     assert not said(daemon, "unable") and not said(daemon, "unavailable")
 
 
+def refusing_open(monkeypatch, *errors):
+    """Each os.open of the lock fails with one of the errors."""
+    real, left = os.open, list(errors)
+
+    def refuse(path, *arguments, **options):
+        if str(path).endswith(".spoolgore.lock") and left:
+            raise OSError(left[0], os.strerror(left.pop(0)), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def test_what_is_wrong_with_the_lock_is_said_of_the_lock(spool, monkeypatch):
+    (spool / ".spoolgore.lock").touch()
+    me = spoolgore.owner_of(spool)
+    for error, text in [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error")]:
+        with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+            refusing_open(patch, error)
+            spoolgore.Spool(str(spool)).lock()
+        assert spoolgore.describe(caught.value) == f"{text} (it belongs to {me}): {spool}/.spoolgore.lock"
+    (spool / ".spoolgore.lock").unlink()
+    with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
+        refusing_open(patch, errno.EACCES)
+        spoolgore.Spool(str(spool)).lock()
+    assert spoolgore.describe(caught.value) == f"Permission denied (it belongs to {me}): {spool}"
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(spoolgore.fcntl, "lockf", no_locks)
+    with pytest.raises(OSError) as caught:
+        spoolgore.Spool(str(spool)).lock()
+    expected = f"No locks available (it cannot be locked): {spool}/.spoolgore.lock"
+    assert spoolgore.describe(caught.value) == expected and not isinstance(caught.value, spoolgore.Locked)
+
+
 @pytest.mark.parametrize("has_inotify", [True, False])
 def test_a_second_daemon_does_not_get_the_spool_by_a_removed_lock(spool, relay, start, has_inotify):
     """Where the removal is noticed, the lock is taken again; else the first daemon gives way."""
@@ -3313,22 +3547,32 @@ def test_a_lock_that_is_removed_by_hand_makes_nobody_forget_what_was_delivered(s
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="leases are for Linux")
-def test_a_writer_that_never_closes_its_file_is_named(spool, relay, start):
+@pytest.mark.skipif(sys.platform != "linux", reason="needs leases")
+@pytest.mark.parametrize("rested, is_taken", [(0, False), (59, False), (61, True), (3600, True), (-3600, True)])
+def test_a_file_whose_writer_never_closes_it_waits_for_a_minute(spool, rested, is_taken):
+    """So does every file on NFS and CIFS, where a lease is refused for ever."""
     with open(spool / "m1", "w") as file:
         file.write(mail("a@example.org"))
         file.flush()
-        os.utime(spool / "m1", (time.time() - 100,) * 2)
-        daemon = start("-smtpaddr", relay.address, "-freq", 0)
-        daemon.wait_for("m1 waits, somebody has it open for writing")
-        wait_until(lambda: daemon.status().get("m1", {}).get("Error") == "waits, somebody has it open for writing")
-        daemon.send("SIGURG")
-        daemon.wait_for("flushed")
-        put(spool, "m2", mail("b@example.org"))
+        os.utime(spool / "m1", (0, 0))  # the time of its content is its writer's to choose
+        seen = os.lstat(spool / "m1")
+        with contextlib.nullcontext() if is_taken else pytest.raises(spoolgore.NotYet):
+            claimed = spoolgore.Spool(str(spool)).claim(str(spool / "m1"), seen, seen.st_ctime + rested)
+            claimed.file.close()
+            assert claimed.is_open
+
+
+def test_a_mail_that_is_sent_while_somebody_has_it_open_is_named(spool, relay, start):
+    later = "import runpy, sys, time; real, time.time = time.time, lambda: real() + 61; sys.argv = sys.argv[1:]; "
+    python = (sys.executable, "-c", later + "sys.path.insert(0, ''); runpy.run_path(sys.argv[0], run_name='__main__')")
+    with open(spool / "m1", "w") as file:
+        file.write(mail("a@example.org"))
+        file.flush()
+        daemon = start("-smtpaddr", relay.address, "-freq", 0, python=python)
+        daemon.wait_for("m1 is sent, though somebody has it open for writing: it was left alone for a minute")
         relay.wait_for(1)
-    relay.wait_for(2)
+    wait_until(lambda: not names(spool))
     assert daemon.stop() == 0
-    assert sent_to(relay) == ["a@example.org", "b@example.org"]
-    assert len(said(daemon, "m1 waits")) == 1 and daemon.status() == {}
 
 
 # missing on the system, and whether the daemon is killed and started again meanwhile
@@ -3621,6 +3865,44 @@ def test_mails_of_one_name_are_given_up_beside_each_other(spool, relay, start):
     wait_until(lambda: names(spool) == [])
     assert daemon.stop() == 0
     assert list(daemon.status()) == ["m1"] and given_up(spool) == ["m1"]
+
+
+@pytest.mark.parametrize("name", ["m" * 255, "ü" * 127 + "m"])
+def test_a_long_name_can_be_given_up_again_and_again(spool, relay, start, name):
+    relay.recorder.rcpt_replies = {"a@x.org": "550 5.1.1 no such user"}
+    daemon = start("-smtpaddr", relay.address, "-attempts", 1)
+    for count in range(1, 12):
+        aside = spool / ".aside"
+        aside.write_text(mail("a@x.org", Subject=f"number {count}"))
+        aside.rename(spool / name)
+        wait_until(lambda count=count: len(given_up(spool)) == count)
+    assert name in given_up(spool)
+    assert {len(os.fsencode(aside)) for aside in given_up(spool)} <= {254, 255}
+    assert daemon.stop() == 0 and sorted(daemon.status()) == given_up(spool)
+    back = next(aside for aside in given_up(spool) if aside.endswith(".10"))
+    relay.recorder.rcpt_replies.clear()
+    (spool / ".failed" / back).rename(spool / back)
+    start("-smtpaddr", relay.address)
+    assert b"number 11" in relay.wait_for(1)[0].content
+
+
+def test_a_name_that_is_used_again_keeps_its_recipients_and_says_so(spool, relay, start):
+    relay.recorder.rcpt_replies = {"a@x.org": "451 4.3.0 later"}
+    daemon = start("-smtpaddr", relay.address)
+    put(spool, "m1", mail("a@x.org"))
+    daemon.wait_for("SMTP error, mail to a@x.org")
+    put(spool, "m1", mail("a@x.org", Cc="b@x.org, c@x.org"))
+    for count in (2, 3):
+        daemon.send("SIGURG")
+        daemon.wait_for("SMTP error, mail to a@x.org", count)
+    keeps = said(daemon, "m1 keeps the recipients of the first mail of its name, and not b@x.org, c@x.org")
+    assert len(keeps) == 1
+    daemon.wait_for_recipient("m1", "a@x.org", Attempts=3)
+    assert list(daemon.recipients("m1")) == ["a@x.org"]
+    put(spool, "m1", mail("a@x.org"))  # the same recipients: nothing to say
+    daemon.send("SIGURG")
+    daemon.wait_for("SMTP error, mail to a@x.org", 4)
+    assert len(said(daemon, "keeps the recipients")) == 1
 
 
 @pytest.mark.parametrize("verb", ["MAIL", "RCPT", "DATA"])
@@ -6169,6 +6451,7 @@ class Postfix:
         "submission": f"{SUBMISSION} {LOGGED_IN}",
         "in_the_clear": f"-o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
         "smtps": f"-o smtpd_tls_wrappermode=yes -o smtpd_sasl_auth_enable=yes {LOGGED_IN}",
+        "stock": "-o smtpd_tls_security_level=may -o smtpd_tls_chain_files={snakeoil}",
         "by_certificate": "-o smtpd_tls_security_level=encrypt -o smtpd_tls_req_ccert=yes",
     }
     QUEUES = ["active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "maildrop", "pid"]
@@ -6238,6 +6521,8 @@ class Postfix:
         }}
     """
 
+    SELF_SIGNED = "certificate verify failed: self-signed certificate"
+    SNAKEOIL = [Path("/etc/ssl/private/ssl-cert-snakeoil.key"), Path("/etc/ssl/certs/ssl-cert-snakeoil.pem")]
     UNTIL_WE_END = 'setsid "$@" & read -r _; kill $!; wait $!'  # even if we are killed: that ends its standard input
 
     def __init__(self, directory, certificates):
@@ -6249,6 +6534,7 @@ class Postfix:
             "inbox": self.inbox.port,
             "ca": certificates.ca,
             "good": certificates.good,
+            "snakeoil": ",".join(str(path) for path in self.SNAKEOIL if path.exists()) or certificates.bad[self.SELF_SIGNED],
         }
 
     def start(self):
@@ -6547,6 +6833,17 @@ def test_silence_behind_the_handshake_has_its_time_limit(spool, run, relay_with,
 
 
 # -- Postfix
+
+
+def test_a_stock_postfix_on_this_machine_needs_no_flag(spool, run, postfix):
+    """It offers STARTTLS with a certificate that Debian made up when it was installed."""
+    put(spool, "m1", mail("stock@example.org"))
+    daemon = run("-once", "-smtpaddr", postfix.at("stock", "127.0.0.1"))
+    assert daemon.status_code == 0, daemon.lines
+    assert postfix.wait_for("stock@example.org")
+    put(spool, "m2", mail())
+    flags = ["-once", "-smtpaddr", postfix.at("stock", "127.0.0.1"), "-tls", "starttls"]
+    assert_relay_at_fault(run(*flags), "certificate verify failed")
 
 
 def test_postfix_wants_a_client_certificate(spool, run, postfix, certificates):
