@@ -96,7 +96,6 @@ import io
 import ipaddress
 import itertools
 import json
-import logging
 import math
 import operator
 import os
@@ -110,6 +109,7 @@ import stat
 import struct
 import sys
 import time
+import traceback
 import unicodedata
 import zlib
 from collections import deque
@@ -175,7 +175,56 @@ CLOCK_STEP_SECONDS = 5  # a clock that jumps back by more was set
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
-log = logging.getLogger("spoolgore")
+
+# --------------------------------------------------------------------- log
+
+
+class Log:
+    """Writes lines in the original's format. Whatever goes into a line, it is one line without control characters.
+
+    It neither raises nor switches greenlets: whoever says something goes on at once.
+    """
+
+    def __init__(self, stream=None):
+        self.stream = stream or io.StringIO()
+        self.second, self.moment = -1, ""
+        self.progress = None  # on a terminal: the text of its last line, above which the log scrolls
+
+    def __call__(self, text):
+        second = int(time.time())
+        if second != self.second:
+            self.second, self.moment = second, time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second))
+        line = f"{self.moment} {text if text.isprintable() else one_line(text)}\n"
+        try:
+            self.stream.write(line if self.progress is None else f"\r\x1b[K{line}{self.progress}")
+            self.stream.flush()
+        except (OSError, ValueError):  # full, or closed: no reason to stop
+            return
+
+    def traceback(self, text):
+        """Say it, and what was raised just now."""
+        for line in [text, *traceback.format_exc().splitlines()]:
+            self(line)
+
+    def show(self, progress):
+        """Redraw the last line of a terminal."""
+        self.progress = progress[: shutil.get_terminal_size().columns - 1]
+        self.stream.write(f"\r\x1b[K{self.progress}")
+        self.stream.flush()
+
+
+def one_line(text):
+    """Text without anything that could break the line or steer a terminal."""
+    return "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def complain(text, status=EX_ERROR):
+    """Say it; returns the exit status that goes with it."""
+    log(text)
+    return status
+
+
+log = Log()
 
 
 # ----------------------------------------------------------------- options
@@ -376,12 +425,6 @@ def check_user(found, name, *users):
     if found[name] and not any(found[user] for user in users):
         secret = "password" in name  # a command may hold one too
         raise bad_value(name, "..." if secret else found[name], f"it needs -{users[0]}")
-
-
-def complain(text, status=EX_ERROR):
-    """Log one line; returns the exit status that goes with it."""
-    log.error(text)
-    return status
 
 
 # ----------------------------------------------------------------- message
@@ -1319,7 +1362,7 @@ class Status:
         self.wanted.set()
         if self._complaint != describe(error):
             self._complaint = describe(error)
-            log.error("unable to write status file, %s (it is tried again)", self._complaint)
+            log(f"unable to write status file, {self._complaint} (it is tried again)")
 
     def commit(self):
         """Return when the status as it is now is on the disk, could not be written, or is suspended."""
@@ -2028,7 +2071,7 @@ class Connection:
         """Do not use these any more with this relay. reason: what went wrong."""
         self.spoil(reason)
         self.shunned.update(dict.fromkeys(extensions, time.monotonic() + SHUNNED_SECONDS))
-        log.error("%s: %s: no %s from now on", self.address, reason, " and no ".join(extensions))
+        log(f"{self.address}: {reason}: no {' and no '.join(extensions)} from now on")
 
     def transact(self, sender, addresses, message, carefully=False):
         """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Repeat."""
@@ -2309,7 +2352,7 @@ class Transaction:
         if self.complete and isinstance(self.error, Silence):
             return
         if self._may_have_arrived():
-            log.error("%s: the mail to %s is sent again, it may have arrived", self.connection.address, self._names())
+            log(f"{self.connection.address}: the mail to {self._names()} is sent again, it may have arrived")
         raise Repeat
 
     def _unanswered(self):
@@ -2735,7 +2778,7 @@ class Relay:
         text = f"{self.name}: {describe(error)}"
         if text != self.down:
             self.down = text
-            log.error("relay unavailable, %s", self.down)
+            log(f"relay unavailable, {self.down}")
 
     def _probe(self, login_refused):
         """Dial now and then until the relay answers."""
@@ -2753,7 +2796,7 @@ class Relay:
                 self._came_up(connection)
 
     def _came_up(self, connection):
-        log.info("relay available again, %s", self.name)
+        log(f"relay available again, {self.name}")
         self.down = ""
         self.cap = self.limit
         self.shunned.clear()
@@ -2941,7 +2984,7 @@ class Turnstile:
         with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
             lines = file.readlines()
         if self.rate.windows and any(line[-1] == "\n" and not turnstile_line(line) for line in lines):
-            log.error("lines of %s could not be read: -rate may not hold across this restart", self.path)
+            log(f"lines of {self.path} could not be read: -rate may not hold across this restart")
         for count, end in filter(None, map(turnstile_line, lines)):
             unended += count if end is None else -count
             if end:
@@ -2981,7 +3024,7 @@ class Turnstile:
         self._file = None  # written anew next time: half a line may stand at its end
         if self._complaint != describe(error):
             self._complaint = describe(error)
-            log.error("unable to write %s, %s: -rate may not hold across a restart", self.path, self._complaint)
+            log(f"unable to write {self.path}, {self._complaint}: -rate may not hold across a restart")
 
 
 def sync(file):
@@ -3137,15 +3180,6 @@ def aligned(rows, width):
     return [one_line(form % row)[: width or None].rstrip() for row in rows]
 
 
-def one_line(text):
-    """Text without anything that could break the line or steer a terminal."""
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
-    )
-
-
 def report(options, stream, now):
     """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
     spool = Spool(options.directory, options.json)
@@ -3226,34 +3260,6 @@ class ServiceManager:
             sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
 
 
-class LogStream(logging.StreamHandler):
-    """Without a lock: one thread logs, and nothing in here lets another greenlet go."""
-
-    def emit(self, record):
-        try:
-            self.stream.write(self.format(record) + "\n")
-            self.stream.flush()
-        except (OSError, ValueError):  # full, or closed
-            self.handleError(record)
-
-
-class Terminal(LogStream):
-    """A terminal whose last line shows the progress: the log scrolls above it."""
-
-    progress = ""
-
-    def emit(self, record):
-        self.stream.write("\r\x1b[K")
-        super().emit(record)
-        self.show(self.progress)
-
-    def show(self, text):
-        """Redraw the progress line; an empty text removes it."""
-        self.progress = text
-        self.stream.write("\r\x1b[K" + text[: shutil.get_terminal_size().columns - 1])
-        self.stream.flush()
-
-
 # ----------------------------------------------------------------- spooler
 
 
@@ -3274,7 +3280,7 @@ class Spooler:
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
         self.manager = ServiceManager({})
-        self.progress, self.show_progress = Progress(10), log.info
+        self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
         self.wake = gevent.event.Event()
         self.fresh, self.retries = deque(), deque()  # paths that may go now
@@ -3339,7 +3345,7 @@ class Spooler:
         offset = self.clock() - time.monotonic()
         back, self.offset = self.offset - offset, offset
         if back > CLOCK_STEP_SECONDS:
-            log.info("the clock was set back by %s", ago(back))
+            log(f"the clock was set back by {ago(back)}")
             self.set_back(back)
 
     def set_back(self, seconds):
@@ -3419,7 +3425,7 @@ class Spooler:
         if self.status.since_save:
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
-        log.info("stopped (%d messages in the queue)", self.queued())
+        log(f"stopped ({self.queued()} messages in the queue)")
 
     def remains(self):
         try:
@@ -3451,7 +3457,7 @@ class Spooler:
         self.status.freeze()
         self.spool.mark(suspended=True)
         self.manager.tell("STATUS=suspended")
-        log.info("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
+        log("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
 
     def resume(self):
         self.suspended = False
@@ -3468,18 +3474,18 @@ class Spooler:
     def take_edit(self):
         try:
             self.status.reload()
-            log.info("status reloaded")
+            log("status reloaded")
         except CorruptStatus as error:
             set_aside_corrupt(self.status, error, self.clock())
         except OSError as error:
-            log.error("status not reloaded, %s", describe(error))
+            log(f"status not reloaded, {describe(error)}")
 
     def flush(self):
         self.flushes += 1
         self.queue_again()
         self.forced = {*self.resting, *self.ahead, *self.fresh, *self.retries}
         self.resting, self.times = dict.fromkeys(self.resting, 0.0), [(0.0, path) for path in self.resting]
-        log.info("spool directory flushed (%d messages in the queue)", self.queued())
+        log(f"spool directory flushed ({self.queued()} messages in the queue)")
         self.resume()
 
     def queue_again(self):
@@ -3606,11 +3612,11 @@ class Spooler:
         self.status.entries = {path: entry for path, entry in self.status.entries.items() if path in self.busy}
         load_status(self.status, self.clock(), reload=True)
         self.queue_again()
-        log.info("spool directory %s was made again", self.spool.directory)
+        log(f"spool directory {self.spool.directory} was made again")
 
     def give_way(self, error):
         """Somebody removed the lock, and another daemon has the spool: two would send each mail twice."""
-        log.error("%s: nothing more is sent from here", error)
+        log(f"{error}: nothing more is sent from here")
         self.stopping, self.exit_status = True, EX_ERROR
         self.status.thawed.clear()  # the status file is the other's
 
@@ -3679,7 +3685,7 @@ class Spooler:
         except gevent.GreenletExit:  # the daemon ends, the mail is still in the queue
             self.later(path, 0.0)
         except Exception:  # noqa: BLE001
-            log.exception("%s unexpected error, it is tried again in a minute", path)
+            log.traceback(f"{path} unexpected error, it is tried again in a minute")
             self.later(path, self.clock() + retry_delay(1))
         finally:
             if path not in self.ahead:
@@ -3712,16 +3718,14 @@ class Spooler:
             with mail.file:
                 self.closed.pop(path, None)
                 if mail.is_open:
-                    log.info(
-                        "%s is sent, though somebody has it open for writing: it was left alone for a minute", path
-                    )
+                    log(f"{path} is sent, though somebody has it open for writing: it was left alone for a minute")
                 self.hold_open(mail, seen)
 
     def ignore(self, path, seen, reason):
         """Leave this file alone until it changes."""
         self.stuck[path] = signature(seen)
         if reason:
-            log.error("%s %s", path, reason)
+            log(f"{path} {reason}")
 
     def hold(self, path, seen, reason):
         """The mail stays where it is, and its entry says why."""
@@ -3896,7 +3900,7 @@ class Spooler:
             self.turnstile.begin(size)
             self.decided(path)
         for recipient in batch:
-            log.info("%s sending mail to %s attempt: %d", path, recipient["Address"], recipient["Attempts"])
+            log(f"{path} sending mail to {recipient['Address']} attempt: {recipient['Attempts']}")
         return size
 
     def send(self, path, message, batch, turn):
@@ -3914,7 +3918,7 @@ class Spooler:
                 say_error(path, recipient, recipient["Error"])
             raise
         except Exception:  # noqa: BLE001
-            log.exception("%s unexpected error", path)
+            log.traceback(f"{path} unexpected error")
             outcomes = dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, "unexpected error, see the log"))
         self.turnstile.end(turn)
         return outcomes
@@ -3928,7 +3932,7 @@ class Spooler:
         elif verdict is Verdict.DELIVERED:
             delivered(recipient)
             self.status.delivered(path, address)
-            log.info("%s successfully sent to %s", path, address)
+            log(f"{path} successfully sent to {address}")
         elif recipient["Attempts"] + 1 >= self.options.attempts:
             self.give_up(path, recipient, text)
         elif verdict is Verdict.REFUSED and self.options.fail5xx:
@@ -3941,7 +3945,7 @@ class Spooler:
     def give_up(self, path, recipient, text, reason="max SMTP attempts reached"):
         gave_up(recipient, text)
         say_error(path, recipient, text)
-        log.error("%s %s for %s ... giving up", path, reason, recipient["Address"])
+        log(f"{path} {reason} for {recipient['Address']} ... giving up")
 
     # -- settling
 
@@ -4025,18 +4029,18 @@ class Spooler:
         """Some were given up: the file goes to .failed, and its entry with it. Raises OSError."""
         aside = self.spool.put_aside(mail, links)
         self.move(mail, aside, envelope)
-        log.error("%s moved to %s", mail.path, aside)
+        log(f"{mail.path} moved to {aside}")
 
     # -- complaints, each once
 
     def say(self, subject, text):
         if self.said.get(subject) != text:
             self.said[subject] = text
-            log.error("%s", text)
+            log(text)
 
     def unsay(self, subject, text):
         if self.said.pop(subject, None):
-            log.info("%s", text)
+            log(text)
 
 
 def read_message(mail):
@@ -4054,7 +4058,7 @@ def age_key(path):
 
 
 def say_error(path, recipient, text):
-    log.error("%s SMTP error, mail to %s %s", path, recipient["Address"], text)
+    log(f"{path} SMTP error, mail to {recipient['Address']} {text}")
 
 
 def put_back(batch, error):
@@ -4066,9 +4070,9 @@ def put_back(batch, error):
 def set_aside_corrupt(status, error, now):
     """A corrupt status file is kept, under another name, and said."""
     try:
-        log.error("corrupt status file %s, %s: moved to %s", status.path, error, status.set_aside(now))
+        log(f"corrupt status file {status.path}, {error}: moved to {status.set_aside(now)}")
     except OSError as problem:
-        log.error("corrupt status file %s, %s: %s", status.path, error, describe(problem))
+        log(f"corrupt status file {status.path}, {error}: {describe(problem)}")
 
 
 def load_status(status, now, reload=False):
@@ -4083,22 +4087,6 @@ def load_status(status, now, reload=False):
 
 
 # -------------------------------------------------------------------- main
-
-
-class LogLine(logging.Formatter):
-    """The original's format; whatever a line is made of, it is one line without control characters."""
-
-    second = moment = None
-
-    def formatTime(self, record, datefmt=None):
-        second = int(record.created)
-        if second != self.second:
-            self.second, self.moment = second, time.strftime("%Y/%m/%d %H:%M:%S", time.localtime(second))
-        return self.moment
-
-    def format(self, record):
-        line = one_line(f"{self.formatTime(record)} {record.getMessage()}")
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def set_up_streams():
@@ -4116,30 +4104,6 @@ def empty_streams():
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class LogRecord(logging.LogRecord):
-    """What a line is made of, and nothing about where in the program it comes from: a third of its cost."""
-
-    def __init__(self, name, level, _pathname, _lineno, msg, args, exc_info, *_more, **_rest):
-        self.name, self.levelno, self.msg, self.args, self.exc_info = name, level, msg, args, exc_info
-        self.created = time.time()
-
-
-def set_up_logging(stream):
-    logging.setLogRecordFactory(LogRecord)
-    log.setLevel(logging.INFO)
-    logging._srcfile = None  # what the lines do not show is not looked up (logging's own advice on speed)
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging.raiseExceptions = False  # a closed stderr is no reason to stop
-    log_to(LogStream(stream))
-
-
-def log_to(handler):
-    """handler: the only one, and without a filter, so that the logger need not ask for either."""
-    handler.setFormatter(LogLine())
-    log.handlers[:] = [handler]
-    log.handle = handler.emit
 
 
 def raise_descriptor_limit():
@@ -4160,7 +4124,7 @@ def affordable(concurrency, descriptors):
     most = max(1, (descriptors - SPARE_DESCRIPTORS) / 2)
     if concurrency <= most:
         return concurrency
-    log.error("-concurrency is lowered to %d: no more than %d files may be open", most, descriptors)
+    log(f"-concurrency is lowered to {most}: no more than {descriptors} files may be open")
     return int(most)
 
 
@@ -4195,29 +4159,29 @@ def serve(options):
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
     set_up_signals(spooler)
-    log.info("--- starting Spoolgore (pid: %d) on directory %s ---", os.getpid(), options.directory)
+    log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     load_status(status, time.time())
     turnstile.load()
     gc.freeze()  # what is there now stays: the collector need not look at it again
-    with progress_on_terminal(spooler) if options.once and sys.stderr.isatty() else contextlib.nullcontext():
-        return spooler.run()
+    if options.once and sys.stderr.isatty():
+        show_progress(spooler)
+    status = spooler.run()
+    if log.progress is not None:
+        log.show("")
+    return status
 
 
-@contextlib.contextmanager
-def progress_on_terminal(spooler):
-    """Show the progress as a line that is redrawn, not as lines of the log."""
-    terminal = Terminal(sys.stderr)
-    log_to(terminal)
-    spooler.progress, spooler.show_progress = Progress(0.5), terminal.show
-    yield
-    terminal.show("")
+def show_progress(spooler):
+    """As a line of the terminal that is redrawn, not as lines of the log."""
+    log.show("")
+    spooler.progress, spooler.show_progress = Progress(0.5), log.show
 
 
 def main(argv):
     """Returns the exit status."""
     gevent.config.track_greenlet_tree = False  # nobody asks who started a greenlet
     set_up_streams()
-    set_up_logging(sys.stderr)
+    log.stream = sys.stderr
     try:
         options = parse_options(argv)
         if options.json:

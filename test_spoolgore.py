@@ -244,6 +244,13 @@ def free_port():
 
 
 @pytest.fixture
+def logged(monkeypatch):
+    """A function that returns the lines that this process has said, without the times."""
+    monkeypatch.setattr(spoolgore.log, "stream", io.StringIO())
+    return lambda: [line[20:] for line in spoolgore.log.stream.getvalue().splitlines()]
+
+
+@pytest.fixture
 def spool(tmp_path):
     path = tmp_path / "spool"
     path.mkdir()
@@ -2436,14 +2443,14 @@ def test_a_link_in_the_place_of_the_temporary_file_leads_nowhere(status):
     assert not os.path.islink(status.path) and "/spool/m1" in saved_entries(status)
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_is_said_once(status, caplog):
+def test_a_write_that_fails_leaves_the_old_file_and_is_said_once(status, logged):
     write_status(status, {"old": {}})
     os.mkdir(spoolgore.hidden(status.path, ".new"))  # so that the temporary file cannot be made, not even by root
     status.put("/spool/m1", envelope_to())
     status.save()
     status.save()
     assert saved_entries(status) == {"old": {}}
-    assert len(caplog.records) == 1 and "unable to write status file" in caplog.text
+    assert len(logged()) == 1 and "unable to write status file" in logged()[0]
     assert status.wanted.is_set()
     os.rmdir(spoolgore.hidden(status.path, ".new"))
     status.save()
@@ -2567,7 +2574,7 @@ def test_a_flush_does_not_forget_who_waits_for_a_write(status):
     assert waiting.successful()
 
 
-def test_deliveries_of_a_write_that_failed_are_not_forgotten(status, caplog):
+def test_deliveries_of_a_write_that_failed_are_not_forgotten(status, logged):
     saved_status(status, {"/spool/m1": envelope_to(addressee("a@x.org"), addressee("b@x.org"), addressee("c@x.org"))})
     deliver_one(status, "/spool/m1", "a@x.org")
     os.mkdir(spoolgore.hidden(status.path, ".new"))
@@ -2575,7 +2582,7 @@ def test_deliveries_of_a_write_that_failed_are_not_forgotten(status, caplog):
     gevent.sleep(0)  # the write is under way
     deliver_one(status, "/spool/m1", "b@x.org")
     writing.join()
-    assert "unable to write" in caplog.text
+    assert "unable to write" in logged()[0]
     status.reload()
     assert states_of(status, "/spool/m1") == {"a@x.org": "delivered", "b@x.org": "delivered", "c@x.org": "waiting"}
 
@@ -2664,12 +2671,12 @@ def test_a_recipient_that_an_edit_removes_in_mid_mail_is_not_asked(spool, status
     assert asked == addresses[:120] and names(spool) == []
 
 
-def test_whatever_fails_in_a_write_those_who_wait_for_it_go_on(status, saver, monkeypatch, caplog):
+def test_whatever_fails_in_a_write_those_who_wait_for_it_go_on(status, saver, monkeypatch, logged):
     """Such as a thread that cannot be started."""
     monkeypatch.setattr(spoolgore, "write_durably", lambda path, chunks: [][0])
     with gevent.Timeout(PATIENCE):
         status.commit()
-    assert not saver.dead and status.wanted.is_set() and "unable to write status file" in caplog.text
+    assert not saver.dead and status.wanted.is_set() and "unable to write status file" in logged()[0]
 
 
 def test_nobody_stays_in_flight_after_an_unexpected_error(spool, status, monkeypatch):
@@ -2886,26 +2893,26 @@ def test_the_file_does_not_grow_for_ever(tmp_path):
     ("+3\n-3 {now}\nx\n\n", True),
     ("\x00\xff\n+3\n-3 {now}\n", True),
 ])  # fmt: skip
-def test_a_corrupt_rate_file_is_said_once_and_what_can_be_read_counts(tmp_path, caplog, text, said):
+def test_a_corrupt_rate_file_is_said_once_and_what_can_be_read_counts(tmp_path, logged, text, said):
     path = tmp_path / "rate"
     path.write_bytes(text.format(now=f"{NOW:.6f}").encode("latin-1"))
     spoolgore.Turnstile([], str(path), lambda: NOW).load()
-    assert not caplog.records  # without -rate it does not matter
+    assert not logged()  # without -rate it does not matter
     for _ in range(2):  # the second time it has been written anew
         turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
         turnstile.load()
         assert turnstile.room() == 7
     wanted = f"lines of {path} could not be read: -rate may not hold across this restart"
-    assert [record.getMessage() for record in caplog.records] == [wanted] * said
+    assert logged() == [wanted] * said
 
 
-def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, caplog):
+def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, logged):
     path = tmp_path / "rate"
     os.mkdir(spoolgore.hidden(str(path), ".new"))
     turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
     turnstile.load()
     turnstile.begin(2)
-    assert len(caplog.records) == 1 and "-rate may not hold across a restart" in caplog.text
+    assert len(logged()) == 1 and "-rate may not hold across a restart" in logged()[0]
     os.rmdir(spoolgore.hidden(str(path), ".new"))
     turnstile.end(2)
     again = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
@@ -6279,7 +6286,7 @@ def test_a_connection_that_was_dropped_while_idle_is_replaced_silently(spool, sc
     assert not [line for line in daemon.lines if "error" in line or "unavailable" in line]
 
 
-def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scripted, monkeypatch, caplog):
+def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scripted, monkeypatch, logged):
     """However many warm connections there are: only the first could have died of idleness."""
     relay = scripted(("PIPELINING", "CHUNKING"))
     store = store_of(relay, monkeypatch)
@@ -6294,7 +6301,7 @@ def test_content_that_kills_its_connections_is_sent_twice_at_most(hurried, scrip
     assert len(contents.items) == 2
     assert outcome.verdict is spoolgore.Verdict.DEFERRED
     assert "may have arrived" in outcome.text
-    (repeated,) = [record.getMessage() for record in caplog.records]
+    (repeated,) = logged()
     assert repeated.endswith("the mail to a@x.org is sent again, it may have arrived")
     store.close()
 
@@ -6534,7 +6541,8 @@ class Postfix:
             "inbox": self.inbox.port,
             "ca": certificates.ca,
             "good": certificates.good,
-            "snakeoil": ",".join(str(path) for path in self.SNAKEOIL if path.exists()) or certificates.bad[self.SELF_SIGNED],
+            "snakeoil": ",".join(str(path) for path in self.SNAKEOIL if path.exists())
+            or certificates.bad[self.SELF_SIGNED],
         }
 
     def start(self):
