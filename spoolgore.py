@@ -111,7 +111,6 @@ import sys
 import time
 import traceback
 import unicodedata
-import zlib
 from collections import deque
 from datetime import datetime, timezone
 from encodings.idna import nameprep
@@ -170,8 +169,8 @@ SAVE_SECONDS = 1  # the least time between two writes of the status file
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 SPEED_SECONDS = 10  # mails a second are those of this time
 GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, its time or its owner
-MET_LIMIT = 1000  # how many partly delivered mails are recognised when they come by another name
 CLOCK_STEP_SECONDS = 5  # a clock that jumps back by more was set
+SAY_AGAIN_SECONDS = 3600  # what goes on for so long is said again
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
@@ -755,9 +754,11 @@ class Message:
     the content when it is small enough to be held in memory, else None.
     """
 
+    __slots__ = ("file", "_size", "from_field", "sender", "recipients", "whole")
+
     def __init__(self, file, size):
-        self.file, self._size, self._streamed = file, size, (0, 0)  # octets, and their checksum
-        chunks = unix_lines(self._read) if size >= CHUNK else iter([whole_text(file, size)])
+        self.file, self._size = file, size
+        chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
         header, rest = split_header(chunks)
         fields = address_fields(header)
         self.from_field, self.sender = parse_sender(fields)
@@ -770,27 +771,21 @@ class Message:
         return self._size if self.whole is None else len(self.whole)
 
     def is_unchanged(self):
-        """Whether the file still says what it said: all of it if whole, else the header and what was streamed last."""
+        """Whether the file still says what it said, if it is held whole."""
         self.file.seek(0)
         try:
-            if self.whole is None:
-                octets, checksum = self._streamed
-                return checksum == off_the_hub(checksum_of, self.file.read, octets)
             again = Message(self.file, self._size)
-        except (BadMessage, OSError):
+        except BadMessage:
             return False
         return (again.whole, again.sender, again.recipients) == (self.whole, self.sender, self.recipients)
 
     def content(self):
         """The content in chunks: CRLF line ends, no Bcc, a line end last."""
-        if self.whole is not None:
-            return iter([self.whole])
-        return self._stream()
+        return iter([self.whole]) if self.whole is not None else self._stream()
 
     def _stream(self):
         self.file.seek(0)
-        self._streamed = (0, 0)
-        chunks = unix_lines(self._read)
+        chunks = unix_lines(self.file.read)
         header, body = split_header(chunks)
         last = b""
         for chunk in itertools.chain([without_bcc(header), body], chunks):
@@ -798,20 +793,6 @@ class Message:
             yield chunk.replace(b"\n", b"\r\n")
         if not last.endswith(b"\n"):
             yield b"\r\n"
-
-    def _read(self, octets):
-        data = self.file.read(octets)
-        before, checksum = self._streamed  # octets, and theirs
-        self._streamed = (before + len(data), zlib.crc32(data, checksum))
-        return data
-
-
-def checksum_of(read, octets):
-    """Of the first octets that read(size) gives."""
-    total = 0
-    while data := read(min(octets, CHUNK)):
-        octets, total = octets - len(data), zlib.crc32(data, total)
-    return total
 
 
 def whole_text(file, size):
@@ -888,10 +869,9 @@ def dot_stuffed(chunks):
 
 # ---------------------------------------------------------------- envelope
 #
-# An envelope is one mail's entry in the status: a dict with the original's
-# keys. A recipient is a dict in its To, Cc or Bcc. This section is the only
-# code that writes either; keys that it does not know stay as they are. now is
-# passed in, in seconds since 1970; a moment is the same as RFC 3339 text.
+# An envelope is one mail's entry in the status: a dict with the original's keys. A recipient is a dict in its To, Cc or
+# Bcc. This section is the only code that writes either; keys that it does not know stay as they are. now is passed in,
+# in seconds since 1970; a moment is the same as RFC 3339 text.
 
 WAITING, IN_FLIGHT, DELIVERED, GIVEN_UP = "waiting", "in flight", "delivered", "given up"
 MOVES = {
@@ -931,15 +911,16 @@ def retry_delay(attempts):
 
 def new_envelope(message, now):
     """The entry of a mail that was not seen before; message is a Message, or None when it is not one."""
-    moment = format_time(now)
-    lists = message.recipients if message else dict.fromkeys(FIELDS, ())
     sender = message.from_field.encode("utf-8", "replace").decode() if message else ""
-    everybody = {key: [new_recipient(address, moment) for address in lists[key]] for key in FIELDS}
-    return {"From": sender, **everybody, "Attempts": 0, "Enqueued": moment}
-
-
-def new_recipient(address, moment):
-    return {"Address": address, "Status": 0, "Attempts": 0, "NextAttempt": moment, "Error": ""}
+    moment, entry = format_time(now), {"From": sender}
+    for key in FIELDS:
+        addresses = message.recipients[key] if message else ()
+        entry[key] = [
+            {"Address": address, "Status": 0, "Attempts": 0, "NextAttempt": moment, "Error": ""}
+            for address in addresses
+        ]
+    entry["Attempts"], entry["Enqueued"] = 0, moment
+    return entry
 
 
 def renew(envelope, message, now):
@@ -954,11 +935,6 @@ def unknown_to(envelope, message):
     known = {recipient["Address"] for recipient in recipients(envelope)}
     named = [address for addresses in message.recipients.values() for address in addresses]
     return ", ".join(address for address in named if address not in known)
-
-
-def unusable(envelope, reason):
-    """The same entry with the reason why its mail cannot be sent."""
-    return {**envelope, "Error": reason}
 
 
 def recipients(envelope):
@@ -976,16 +952,24 @@ def next_attempt_of(recipient):
     return parse_time(recipient["NextAttempt"])
 
 
-def is_due(recipient, now):
-    return recipient["Status"] == 0 and next_attempt_of(recipient) <= now
-
-
 def state_of_all(envelope):
     """WAITING while anybody is not settled; then GIVEN_UP if anybody was given up, else DELIVERED."""
-    states = {state(recipient) for recipient in recipients(envelope)}
-    if WAITING in states or IN_FLIGHT in states:
-        return WAITING
-    return GIVEN_UP if GIVEN_UP in states else DELIVERED
+    whole = DELIVERED
+    for recipient in recipients(envelope):
+        if recipient["Status"] != 2:
+            return WAITING
+        if recipient["Error"]:
+            whole = GIVEN_UP
+    return whole
+
+
+def has_recipients(envelope):
+    """Whether it is an entry with recipients, and not one that only says why a file could not be read."""
+    return isinstance(envelope, dict) and any(envelope.get(key) for key in FIELDS)
+
+
+def is_partly_delivered(envelope):
+    return isinstance(envelope, dict) and DELIVERED in map(state, recipients(envelope))
 
 
 def next_attempt(envelope):
@@ -998,21 +982,7 @@ def move(recipient, target, error=""):
     """Take a recipient to another state. Raises ValueError for a move that the state diagram has not."""
     if (state(recipient), target) not in MOVES:
         raise ValueError(f"{recipient['Address']} is {state(recipient)} and cannot become {target}")
-    recipient["Status"] = STATUS_NUMBERS[target]
-    recipient["Error"] = error
-
-
-def begin(recipient):
-    move(recipient, IN_FLIGHT, recipient["Error"])
-
-
-def delivered(recipient):
-    move(recipient, DELIVERED)
-
-
-def postponed(recipient, error):
-    """Back to waiting, as due as before: no attempt is counted."""
-    move(recipient, WAITING, error)
+    recipient["Status"], recipient["Error"] = STATUS_NUMBERS[target], error
 
 
 def deferred(recipient, error, now):
@@ -1035,19 +1005,11 @@ def requeue(envelope, now):
             recipient.update(Attempts=0, NextAttempt=format_time(now))
 
 
-def advance(envelope, seconds, now):
-    """Whoever waits for his time has it so much sooner."""
-    for recipient in recipients(envelope):
-        if state(recipient) == WAITING and next_attempt_of(recipient) > now:
-            recipient["NextAttempt"] = format_time(next_attempt_of(recipient) - seconds)
-
-
 def interrupted(envelope, error=""):
-    """What was in flight waits again; without an error it keeps the one that it had. True if anything was."""
-    flying = [recipient for recipient in recipients(envelope) if recipient["Status"] == 1]
-    for recipient in flying:
-        move(recipient, WAITING, error or recipient["Error"])
-    return bool(flying)
+    """What was in flight waits again; without an error it keeps the one that it had."""
+    for recipient in recipients(envelope):
+        if recipient["Status"] == 1:
+            move(recipient, WAITING, error or recipient["Error"])
 
 
 def envelope_problem(envelope):
@@ -1077,18 +1039,18 @@ def recipient_problem(recipient):
     return "" if recipient["Status"] in (0, 1, 2) else "a recipient's Status is not 0, 1 or 2"
 
 
-def merge(edited, live, done):
-    """The edited entry, with what happened since it was written: recipients that are in flight in the live
-    entry, and those whose address is in done (delivered since), stay as the live one has them.
+def merge(edited, live, has_news):
+    """The edited entry, with what happened since it was written: who is in flight in the live entry stays as he is
+    there, and, if it has news that the file does not know, who has the mail.
 
-    Every recipient of the live entry stays the same dict, since the mail's greenlet may hold it.
+    Every recipient of the live entry stays the same dict, since the mail's delivery may hold it.
     """
     known = {}
     for recipient in recipients(live):
         known.setdefault(recipient["Address"], deque()).append(recipient)
 
     def is_fixed(recipient):
-        return state(recipient) == IN_FLIGHT or recipient["Address"] in done
+        return state(recipient) == IN_FLIGHT or (has_news and state(recipient) == DELIVERED)
 
     def merged(recipient):
         if not known.get(recipient["Address"]):
@@ -1107,7 +1069,234 @@ def merge(edited, live, done):
     return edited
 
 
+# ------------------------------------------------------------------- queue
+#
+# Which mails there are, what each of them waits for, and whose turn it is. Pure: it touches no file, never switches
+# greenlets, and now is passed in. What holds:
+#
+# 1. A mail is in one state, and become() alone changes it, by MOVES_OF_MAILS; any other move raises ValueError.
+# 2. mails is the status: the one mail of each path. A mail that LEFT is not in it.
+# 3. At rest a mail is its path, as in the status file; in flight it is its inode, which the open file pins. known has
+#    the mails in flight, and those that somebody has already, here or away.
+# 4. A mail in flight is never dropped from outside. Its delivery, however it ends, takes it to another state.
+# 5. A reason why a file cannot be sent is added to what is known of its mail; it never replaces an entry.
+# 6. Under -rate one mail at most lies between take() and began(); whatever ends it gives its turn back.
+# 7. Who is IN_LINE stands in one of the lines; a line may also have mails that are not in line any more.
+
+IN_LINE, FLYING, RESTING, HELD, STUCK, ASIDE, LEFT = STATES = (
+    "in line",  # may go now
+    "flying",  # its delivery has it
+    "resting",  # until it is due
+    "held",  # until the relay is up
+    "stuck",  # until its file changes
+    "aside",  # given up: its file is in .failed
+    "left",  # not here: whoever still holds it lets it go
+)
+MOVES_OF_MAILS = {
+    *((LEFT, new) for new in (IN_LINE, RESTING, ASIDE, FLYING)),  # seen; read from the status file; here again
+    *((FLYING, new) for new in (IN_LINE, RESTING, HELD, STUCK, ASIDE, LEFT)),
+    *((waits, new) for waits in (RESTING, HELD, STUCK) for new in (IN_LINE, RESTING, FLYING, LEFT)),
+    *((IN_LINE, new) for new in (FLYING, LEFT)),
+    (RESTING, ASIDE),  # put aside just before a crash
+    (ASIDE, LEFT),
+}
+AWAY_LIMIT = 1000  # how many partly delivered mails are recognised when they come back
+
+
+class Mail:
+    """One file of the spool, from when its name is seen until it is settled. See Queue."""
+
+    __slots__ = ("path", "state", "due", "entry", "identity", "seen", "whole", "forced", "need", "news")
+
+    def __init__(self, path, entry=None):
+        self.path, self.state = path, LEFT
+        self.due = 0.0  # until when it rests
+        self.entry = entry  # the envelope: a dict in flight, packed at rest; None until it was read
+        self.identity = None  # of its file, in flight and where it may be needed later
+        self.seen = None  # signature of the file of a STUCK mail
+        self.whole = False  # its file was seen to be closed, or to be moved here
+        self.forced = False  # flushed: everybody who waits is due
+        self.need = 1  # recipients of its next transaction, as far as that is known
+        self.news = 0  # number of the write of the status file that makes its latest settlement known
+
+    def envelope(self):
+        """To read only, unless the mail is in flight."""
+        return unpack(self.entry) if isinstance(self.entry, bytes) else self.entry
+
+
+class Queue:
+    """See the head of this section."""
+
+    def __init__(self):
+        self.mails = {}  # path -> Mail
+        self.known = {}  # (device, inode) -> Mail, see Mail.identity
+        self.away = deque()  # partly delivered mails that LEFT, the latest last
+        self.fresh, self.old, self.ahead = deque(), deque(), deque()  # ahead: -rate had too little room for it
+        self.old_first = False
+        self.taking = None  # under -rate: the mail between take() and began()
+        self.times, self.numbers = [], itertools.count()  # a heap of (due, number, mail), some outdated
+        self.counts = dict.fromkeys(STATES, 0)
+        self.epoch = 1  # number of the next write of the status file
+        self.dropped = set()  # paths that the file may know, and whose mail LEFT
+
+    def become(self, mail, state):
+        if (mail.state, state) not in MOVES_OF_MAILS:
+            raise ValueError(f"{mail.path} is {mail.state} and cannot be {state}")
+        self.counts[mail.state] -= 1
+        self.counts[state] += 1
+        mail.state = state
+
+    # -- which mails there are
+
+    def add(self, path, entry=None):
+        """A mail that is not in the queue yet; give it a state."""
+        mail = self.mails[path] = Mail(path, entry)
+        return mail
+
+    def drop(self, mail):
+        """It is settled, or its file is gone."""
+        if self.mails.get(mail.path) is mail:
+            del self.mails[mail.path]
+            self.dropped.add(mail.path)
+        self.become(mail, LEFT)
+        self.forget(mail)
+
+    def lose(self, mail):
+        """Its file is somewhere else. It may come back, and then nobody should get it twice."""
+        identity = mail.identity if is_partly_delivered(mail.envelope()) else None
+        self.drop(mail)
+        if identity:
+            mail.identity, mail.entry = identity, pack(mail.path, mail.envelope())
+            self.known[identity[:2]] = mail
+            self.away.append(mail)
+            if len(self.away) > AWAY_LIMIT and (latest := self.away.popleft()).state == LEFT:
+                self.forget(latest)
+
+    def rename(self, mail, path):
+        """Its file has another name by now. Another mail of that name is gone; or it is in flight, and gets the name
+        that was freed until it finds its own."""
+        other, before = self.mails.get(path, mail), mail.path
+        if other is not mail and other.state != FLYING:
+            self.drop(other)
+        if self.mails.get(before) is mail:
+            del self.mails[before]
+            self.dropped.add(before)
+        mail.entry, mail.path = repacked(path, mail.entry), path
+        self.mails[path], mail.news = mail, self.epoch
+        if other.state == FLYING and other is not mail and before not in self.mails:
+            self.mails[before], other.path, other.news = other, before, self.epoch
+
+    def identify(self, mail, identity):
+        """The mail whose file this is; another one, if that was seen under another name.
+
+        A freed inode goes to the next file at once, so at rest only all of the identity tells.
+        """
+        other = self.known.get(identity[:2], mail)
+        if other is not mail and (other.state == FLYING or other.identity == identity):
+            return other
+        self.forget(mail)
+        mail.identity = identity
+        self.known[identity[:2]] = mail
+        return mail
+
+    def forget(self, mail):
+        if mail.identity and self.known.get(mail.identity[:2]) is mail:
+            del self.known[mail.identity[:2]]
+        mail.identity = None
+
+    # -- what each waits for
+
+    def line_up(self, mail, line):
+        self.become(mail, IN_LINE)
+        line.append(mail)
+
+    def rest(self, mail, until):
+        self.become(mail, RESTING)
+        mail.due = until
+        heapq.heappush(self.times, (until, next(self.numbers), mail))
+        if len(self.times) > 100 + 2 * self.counts[RESTING]:
+            self.times = [time for time in self.times if time[2].state == RESTING and time[2].due == time[0]]
+            heapq.heapify(self.times)
+
+    def next_due(self):
+        return self.times[0][0] if self.times else math.inf
+
+    def release(self, now):
+        """Whose time has come is in line again."""
+        while self.times and self.times[0][0] < now:
+            due, _, mail = heapq.heappop(self.times)
+            if mail.state == RESTING and mail.due == due:
+                self.line_up(mail, self.old)
+
+    def release_held(self):
+        """The relay is up."""
+        for mail in [mail for mail in self.mails.values() if mail.state == HELD]:
+            self.line_up(mail, self.old)
+
+    def look_again(self, due_of):
+        """At everything that waits; at its time, which is due_of(mail)."""
+        self.times = []
+        for mail in [mail for mail in self.mails.values() if mail.state in (RESTING, HELD, STUCK)]:
+            self.rest(mail, due_of(mail))
+
+    def open_unread(self):
+        """Whoever waits for his writer may be looked at now: that he ended may have been missed."""
+        for mail in [mail for mail in self.mails.values() if mail.state == RESTING and mail.entry is None]:
+            self.rest(mail, 0.0)
+
+    def flush(self):
+        """Everybody is due now."""
+        for mail in self.mails.values():
+            mail.forced = mail.state != ASIDE
+        self.look_again(lambda mail: 0.0)
+
+    # -- whose turn it is
+
+    def take(self, room=math.inf):
+        """The next mail, FLYING from now on; None if there is none. room: recipients that may go, under -rate."""
+        if self.taking or not (line := self.next_line()) or line[0].need > room:
+            return None
+        mail = line.popleft()
+        self.old_first = not self.old_first  # so that neither waits for all of the other
+        self.taking = mail if room != math.inf else None
+        self.become(mail, FLYING)
+        return mail
+
+    def next_line(self):
+        """The line whose first mail is next."""
+        for line in (self.ahead, *((self.old, self.fresh) if self.old_first else (self.fresh, self.old))):
+            while line and line[0].state != IN_LINE:
+                line.popleft()
+            if line:
+                return line
+        return None
+
+    def need(self):
+        """How many recipients may have to go at the next turn; 0 when nobody is in line."""
+        line = self.next_line()
+        return line[0].need if line else 0
+
+    def began(self, mail):
+        """Under -rate: it has its turn or needs none. The next may be taken."""
+        if self.taking is mail:
+            self.taking = None
+
+    def put_back(self, mail, need):
+        """Its turn came, but there is too little room for so many recipients."""
+        mail.need = need
+        self.line_up(mail, self.ahead)
+
+
 # ------------------------------------------------------------------ status
+#
+# The file that the queue's envelopes are kept in, so that no crash makes anybody get a mail twice. What holds:
+#
+# 1. A write is numbered by queue.epoch as it begins; written is the number of the latest that succeeded. What a mail
+#    has news of is on the disk when its news <= written, and not before.
+# 2. commit() reads the event before any switch; a write replaces it before it reads the entries.
+# 3. A write that forgets entries comes after a sync of the spool: else a power cut could bring back a file of which
+#    nobody knows any more who has it.
+# 4. pieces() splits at white space that pack() writes, and no value contains.
 
 
 class CorruptStatus(Exception):
@@ -1141,11 +1330,9 @@ def unpack(packed):
     return next(iter(json.loads(b"{" + packed + b"}").values()))
 
 
-def arrived(path, envelope, error=""):
-    """An entry from the file, packed: what was in flight waits again."""
-    if not envelope_problem(envelope):
-        interrupted(envelope, error)
-    return pack(path, envelope)
+def repacked(path, entry):
+    """A mail's entry for another path."""
+    return pack(path, unpack(entry)) if isinstance(entry, bytes) else entry
 
 
 def read_status(path):
@@ -1195,141 +1382,76 @@ def status_text(packed):
 
 
 class Status:
-    """The dict from a mail's path to its envelope, and the file that it is kept in.
+    """Loads, reloads and saves the queue's entries. See the head of this section."""
 
-    An entry is a dict while its mail is in flight and packed while it rests.
-    """
-
-    def __init__(self, path, at_home=iter):
-        """at_home: what makes (path, entry) pairs of the file fit for this spool, Spool.at_home."""
-        self.path, self.at_home = path, at_home
-        self.entries = {}
+    def __init__(self, queue, spool):
+        self.queue, self.spool, self.path = queue, spool, spool.status_path
         self.thawed = gevent.event.Event()  # clear while suspended: nothing is written
         self.thawed.set()
-        self.since_save = {}  # path -> addresses delivered since the last save; None: its mail in the file is gone
-        self.wanted = gevent.event.Event()
-        self.urgent = gevent.event.Event()
+        self.wanted, self.urgent = gevent.event.Event(), gevent.event.Event()
+        self.written = 0
         self._saved = gevent.event.Event()
         self._writing = gevent.lock.BoundedSemaphore()
-        self._in_save = {}
         self._cost = 0.0
         self._complaint = ""
 
-    def __contains__(self, path):
-        return path in self.entries
-
-    def changed(self):
-        if not self.wanted.is_set():
-            self.wanted.set()
-
-    def peek(self, path):
-        """The envelope, to read only."""
-        entry = self.entries[path]
-        return entry if isinstance(entry, dict) else unpack(entry)
-
-    def take(self, path):
-        """The envelope, to change; give it back with rest()."""
-        self.entries[path] = entry = self.peek(path)
-        return entry
-
-    def put(self, path, envelope):
-        self.entries[path] = envelope
-        self.changed()
-        return envelope
-
-    def rest(self, path, envelope):
-        """Nothing more is done with this envelope for now. Another one may have got its path meanwhile."""
-        if self.entries.get(path) is envelope:
-            self.put(path, pack(path, envelope))
-
-    def delivered(self, path, address):
-        """Remember a delivery that the file does not know yet."""
-        self.since_save.setdefault(path, set())
-        if self.since_save[path] is not None:
-            self.since_save[path].add(address)
-
-    def commit_deliveries(self, path):
-        """commit(), if the file may not know yet of one of this mail's deliveries."""
-        news = [since.get(path, ()) for since in (self.since_save, self._in_save)]
-        if any(done or done is None for done in news):
-            self.commit()
-
-    def drop(self, path):
-        del self.entries[path]
-        self.since_save[path] = None
-        self.changed()
-
-    def rename(self, old, new):
-        envelope = self.peek(old)
-        self.drop(old)
-        self.put(new, pack(new, envelope))
-
-    def move(self, old, new, envelope):
-        """Of a mail in flight: its envelope goes to another path, whatever stands at either by now."""
-        self.release(old, envelope)
-        self.adopt(new, envelope)
-
-    def adopt(self, path, envelope):
-        """Put an envelope with a past, of which the file does not know under this path."""
-        self.put(path, envelope)
-        for recipient in recipients(envelope):
-            if state(recipient) == DELIVERED:
-                self.delivered(path, recipient["Address"])
-
-    def release(self, path, envelope):
-        """Drop the entry if it is this very envelope."""
-        if self.entries.get(path) is envelope:
-            self.drop(path)
-
-    def advance(self, seconds, now):
-        """Everybody who waits for his time has it so much sooner."""
-        for path, entry in self.entries.items():
-            envelope = self.peek(path)
-            if not envelope_problem(envelope):
-                advance(envelope, seconds, now)
-                self.entries[path] = envelope if envelope is entry else pack(path, envelope)
-        self.changed()
-
-    # -- the file
+    # -- reading
 
     def load(self):
         """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
-        self.entries = self._read("the daemon was killed in mid-transaction: the mail may have arrived")
+        for path, packed in self._read("the daemon was killed in mid-transaction: the mail may have arrived"):
+            if path not in self.queue.mails:
+                self.queue.become(self.queue.add(path, packed), self._at_rest(path))
 
     def reload(self):
         """Read the file again: it is the truth, but for what happened since it was written.
 
         Entries that are not in the file stay, as in the original. Raises CorruptStatus, OSError and changes nothing.
         """
-        with self._writing:  # what a write took with it is in the file then, or in since_save again
+        with self._writing:
             entries = self._read()
-        for path, packed in entries.items():
-            self._reload_entry(path, packed)
-        self.changed()
+        for path, packed in entries:
+            if path in self.queue.dropped:
+                continue  # that mail has left since, even if there is another one of its name
+            if mail := self.queue.mails.get(path):
+                self._merge(mail, packed)
+            else:
+                self.queue.become(self.queue.add(path, packed), self._at_rest(path))
+        self.wanted.set()
+
+    def _at_rest(self, path):
+        return ASIDE if os.path.dirname(path) == self.spool.failed else RESTING
 
     def _read(self, error=""):
-        found = self.at_home(read_status(self.path))
-        return {path: arrived(path, envelope, error) for path, envelope in found}
+        entries = []
+        for path, envelope in self.spool.at_home(read_status(self.path)):
+            if not envelope_problem(envelope):
+                interrupted(envelope, error)
+            entries.append((path, pack(path, envelope)))
+        return entries
 
-    def _reload_entry(self, path, packed):
-        done, live = self.since_save.get(path, ()), self.entries.get(path)
-        if done is None:
-            return  # that mail was settled since, even if there is another one of its name
-        if live is None or not (done or isinstance(live, dict)):
-            self.entries[path] = packed
+    def _merge(self, mail, packed):
+        is_live, has_news = isinstance(mail.entry, dict), mail.news > self.written
+        if not (is_live or has_news):
+            mail.entry = packed
         elif not envelope_problem(envelope := unpack(packed)):
-            merged = merge(envelope, self.peek(path), done or ())
-            if isinstance(live, dict):  # its greenlet holds this very dict
-                live.update(merged)
+            merged = merge(envelope, mail.envelope(), has_news)
+            if is_live:  # its delivery holds this very dict
+                mail.entry.update(merged)
             else:
-                self.entries[path] = pack(path, merged)
+                mail.entry = pack(mail.path, merged)
 
-    def set_aside(self, now):
-        """Move a corrupt file out of the way; returns its new path."""
+    def set_aside(self, now, error):
+        """Move a corrupt file out of the way, and say so."""
         moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         aside = hidden(self.path, f".corrupt-{moment}")
-        os.replace(self.path, aside)
-        return aside
+        try:
+            os.replace(self.path, aside)
+        except OSError as problem:
+            return log(f"corrupt status file {self.path}, {error}: {describe(problem)}")
+        return log(f"corrupt status file {self.path}, {error}: moved to {aside}")
+
+    # -- writing
 
     def save(self):
         """Write the file: aside, to the disk, then in place of the old one. Says once that it cannot."""
@@ -1338,39 +1460,43 @@ class Status:
                 self._save()
 
     def _save(self):
-        started = time.monotonic()
+        started, queue = time.monotonic(), self.queue
         saved, self._saved = self._saved, gevent.event.Event()
-        self._in_save, self.since_save = self.since_save, {}
+        epoch, queue.epoch = queue.epoch, queue.epoch + 1
+        dropped, queue.dropped = queue.dropped, set()
         self.wanted.clear()
         self.urgent.clear()
         try:
-            off_the_hub(write_durably, self.path, status_text(self._packed()))
-            self._complaint = ""
+            off_the_hub(write_status, self.path, self._packed(), self.spool.directory if dropped else "")
+            self.written, self._complaint = epoch, ""
         except Exception as error:  # noqa: BLE001 -- whatever it is, mails wait for this write
-            self._failed(error)
-        self._in_save = {}
+            queue.dropped |= dropped
+            self.wanted.set()
+            self._complain(describe(error))
         self._cost = time.monotonic() - started
         saved.set()
 
     def _packed(self):
-        return [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in self.entries.items()]
+        entries = [(mail.path, mail.entry) for mail in self.queue.mails.values() if mail.entry is not None]
+        return [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in entries]
 
-    def _failed(self, error):
-        for path, done in self._in_save.items():
-            later = self.since_save.get(path, set())
-            self.since_save[path] = None if done is None or later is None else done | later
-        self.wanted.set()
-        if self._complaint != describe(error):
-            self._complaint = describe(error)
-            log(f"unable to write status file, {self._complaint} (it is tried again)")
+    def _complain(self, reason):
+        if self._complaint != reason:
+            self._complaint = reason
+            log(f"unable to write status file, {reason} (it is tried again)")
 
-    def commit(self):
-        """Return when the status as it is now is on the disk, could not be written, or is suspended."""
-        if self.thawed.is_set():
+    def knows_all(self):
+        """Whether the latest write succeeded, and nothing has changed since."""
+        return self.written == self.queue.epoch - 1 and not self.wanted.is_set()
+
+    def commit(self, mail):
+        """Whether the file knows what the mail has news of; waits for a write if it does not, unless suspended."""
+        if mail.news > self.written and self.thawed.is_set():
             saved = self._saved
-            self.changed()
+            self.wanted.set()
             self.urgent.set()
             saved.wait()
+        return mail.news <= self.written
 
     def keep_saving(self):
         """Write what changed, for ever: no more often than the file's size warrants."""
@@ -1381,9 +1507,10 @@ class Status:
             self.thawed.wait()
             self.save()
 
-    def freeze(self):
+    def freeze(self, save=True):
         """Suspended: write once more, then nothing until thaw()."""
-        self.save()
+        if save:
+            self.save()
         self.thawed.clear()
         self._saved.set()
 
@@ -1391,13 +1518,21 @@ class Status:
         if not self.thawed.is_set():  # else somebody may wait for that event
             self._saved = gevent.event.Event()
             self.thawed.set()
-        self.changed()
+        self.wanted.set()
 
 
 def hidden(path, suffix):
     """A name beside path that begins with a dot, so that it is never taken for a mail."""
     directory, name = os.path.split(path)
     return os.path.join(directory, "." + name.lstrip(".") + suffix)
+
+
+def write_status(path, packed, forgetful):
+    """forgetful: the directory whose removals must be on the disk before the file forgets about them, if any."""
+    if forgetful:
+        with contextlib.suppress(FileNotFoundError):  # nothing can come back to it
+            sync_directory(forgetful)
+    write_durably(path, status_text(packed))
 
 
 def write_durably(path, chunks):
@@ -1420,8 +1555,14 @@ def write_durably(path, chunks):
 
 
 def off_the_hub(function, *arguments):
-    """Call, in a thread, what would hold up everybody else. Returns and raises what the function does."""
-    result, error = gevent.get_hub().threadpool.apply(result_or_error, (function, *arguments))
+    """Call, in a thread, what would hold up everybody else. Returns and raises what the function does.
+
+    Raises OSError when there can be no thread now.
+    """
+    try:
+        result, error = gevent.get_hub().threadpool.apply(result_or_error, (function, *arguments))
+    except RuntimeError as problem:
+        raise OSError(errno.EAGAIN, f"no thread: {problem}") from None
     if error:
         raise error
     return result
@@ -1436,7 +1577,7 @@ def result_or_error(function, *arguments):
 
 
 def sync_directory(path):
-    """Make a rename last through a power cut, where directories can be synced."""
+    """Make what was renamed or removed in it last through a power cut, where directories can be synced."""
     if os.name == "posix":
         handle = os.open(path or ".", os.O_RDONLY)
         try:
@@ -1454,10 +1595,11 @@ def describe(error):
 
 
 # ------------------------------------------------------------------- spool
-
-
-class NotYet(Exception):
-    """Somebody still writes this file."""
+#
+# The directory: list it, open a mail, remove it or put it aside, watch it. What holds:
+#
+# 1. Only ENOENT and ENOTDIR mean that something is not there. Any other error says nothing, and is raised.
+# 2. Between the look that shows that a name is still the mail's file, and unlink or rename, no greenlet switches.
 
 
 class NotAMail(Exception):
@@ -1468,15 +1610,15 @@ class Locked(Exception):
     """Another process has the spool; the text says which."""
 
 
-class Mail(NamedTuple):
-    """A file that was claimed: it is open, and nobody writes it."""
+OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 
-    path: str
-    file: object
-    size: int  # octets
-    links: int  # how many names it had
-    identity: tuple
-    is_open: bool = False  # for writing, or so it seems
+
+def look(path):
+    """The status of a path itself (os.lstat); None when it is gone. Raises OSError when that is not to be known."""
+    try:
+        return os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def identity(status):
@@ -1485,22 +1627,14 @@ def identity(status):
 
 
 def signature(status):
-    """What changes whenever a file, its content or its permissions do. status: of os.lstat, or None."""
+    """What changes whenever a file, its content or its permissions do."""
     return status and identity(status) + (status.st_ctime_ns, status.st_mode)
 
 
-def leads_to(path, known):
-    """Whether a path is a name of the file of this identity."""
+def modified(path):
+    """When a file was written last, in seconds since 1970; 0 when it is gone."""
     status = look(path)
-    return status is not None and identity(status) == known
-
-
-def look(path):
-    """The status of a path itself (os.lstat); None when it is gone."""
-    try:
-        return os.lstat(path)
-    except OSError:
-        return None
+    return status.st_mtime if status else 0.0
 
 
 def lease_refused(handle):
@@ -1517,19 +1651,21 @@ def lease_refused(handle):
     return False
 
 
-OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-
-
-def is_being_written(refused, status, now, closed):
-    """Whether a file has to wait; see Spool.claim. refused: what lease_refused() says.
+def is_being_written(refused, status, now, whole):
+    """Whether a file has to wait. refused: what lease_refused() says; whole: whether it was seen to be closed.
 
     A lease that is refused means that somebody writes the file, or that it lies on NFS or CIFS, where they are refused
     for ever. So a file that nobody changed for long is believed to be whole in any case.
     """
-    if refused is not None:
-        return refused and abs(now - status.st_ctime) < UNCLOSED_SECONDS
-    pause = {True: 0, None: QUIET_SECONDS, False: UNCLOSED_SECONDS}[closed]
-    return abs(now - status.st_mtime) < pause
+    if refused:
+        return abs(now - status.st_ctime) < UNCLOSED_SECONDS
+    return refused is None and not whole and abs(now - status.st_mtime) < QUIET_SECONDS
+
+
+def whole_at_birth(path):
+    """A file that turns up is open in its writer's hands, unless it is another link to what was there before."""
+    status = os.lstat(path)
+    return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_ctime_ns != status.st_mtime_ns
 
 
 def is_locked(handle, pid):
@@ -1552,9 +1688,9 @@ def naming_owner(path):
     try:
         yield
     except OSError as error:
-        shown = path if look(path) else os.path.dirname(path)
-        owner = f" (it belongs to {owner_of(shown)})" if look(shown) else ""
-        raise OSError(error.errno, f"{error.strerror}{owner}", path if look(path) else shown) from None
+        shown = path if os.path.lexists(path) else os.path.dirname(path)
+        owner = f" (it belongs to {owner_of(shown)})" if os.path.lexists(shown) else ""
+        raise OSError(error.errno, f"{error.strerror}{owner}", shown) from None
 
 
 def owner_of(path):
@@ -1570,48 +1706,41 @@ def int_or_zero(text):
     return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
-def modified(path):
-    """When a file was written last, in seconds since 1970; 0 when it is gone."""
-    status = look(path)
-    return status.st_mtime if status else 0.0
-
-
 class Spool:
-    """The directory: list it, claim a file, remove it or put it aside."""
+    """See the head of this section."""
 
     def __init__(self, directory, status_path=""):
         self.directory = os.path.abspath(directory)
         self.failed = os.path.join(self.directory, ".failed")
-        self.status_path = self.here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
+        self.status_path = self._here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self._lock = self._home = None
 
-    def here(self, path):
+    def _here(self, path):
         """The path by the name that the spool was given, if it leads there by another."""
         parent, name = os.path.split(path)
         return self.path(name) if os.path.realpath(parent) == os.path.realpath(self.directory) else path
 
     def path(self, name):
-        return os.path.join(self.directory, name)
+        return f"{self.directory}{os.sep}{name}"
 
     def at_home(self, entries):
         """(path, entry) pairs of a status file with paths as this spool has them: the directory may have been moved,
         or be reached by another name than before, and nobody should get a mail twice for it."""
-        prefix, places = self.path(""), {}
+        homes = {self.directory: self.directory, self.failed: self.failed}  # where what was in a directory is now
         for path, entry in entries:
-            if not path.startswith(prefix):
-                parent, name = os.path.split(path)
-                if parent not in places:
-                    places[parent] = self._place(parent)
-                path = os.path.join(places[parent], name)
-            yield path, entry
+            parent, _, name = path.rpartition(os.sep)
+            if parent not in homes:
+                homes[parent] = self._home_of(parent)
+            yield f"{homes[parent]}{os.sep}{name}", entry
 
-    def _place(self, parent):
-        """Where the files are now of which a status file says that they are in parent."""
+    def _home_of(self, parent):
         is_failed = os.path.basename(parent) == ".failed"
         spool = os.path.dirname(parent) if is_failed else parent
         if os.path.lexists(spool) and os.path.realpath(spool) != os.path.realpath(self.directory):
             return parent
         return self.failed if is_failed else self.directory
+
+    # -- what is there
 
     def named(self, names):
         """The paths of those names that a mail may have."""
@@ -1622,17 +1751,19 @@ class Spool:
         """The paths of the files and sub-directories. Raises OSError."""
         return self.named(os.listdir(self.directory))
 
+    def list_failed(self):
+        """The paths of what was given up. Raises OSError."""
+        try:
+            return [f"{self.failed}{os.sep}{name}" for name in os.listdir(self.failed)]
+        except FileNotFoundError:
+            return []
+
     def mails(self):
         """The paths of the regular files. Raises OSError."""
         with os.scandir(self.directory) as entries:
             return self.named([entry.name for entry in entries if entry.is_file(follow_symlinks=False)])
 
-    def mails_and_failed(self):
-        """The paths of the regular files, and of those that were given up. Raises OSError."""
-        paths = self.mails()
-        with contextlib.suppress(FileNotFoundError):
-            paths += map(self.failed_path, os.listdir(self.failed))
-        return paths
+    # -- the lock
 
     def owner(self):
         """(pid, start time, whether suspended) of the process that has the lock, or None. Asks, and takes nothing.
@@ -1651,110 +1782,89 @@ class Spool:
         with naming_owner(path):
             handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
         try:
-            if fcntl:
-                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take(handle)
         except OSError as error:
             owner = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise OSError(error.errno, f"{error.strerror} (it cannot be locked)", path) from None
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
+        previous, self._lock, self._home = self._lock, handle, os.stat(self.directory)
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
-            os.ftruncate(handle, os.write(handle, f"{os.getpid()}\n".encode()))
-        previous, self._lock = self._lock, handle
-        self._home = os.stat(self.directory)
+            os.ftruncate(handle, os.pwrite(handle, f"{os.getpid()}\n".encode(), 0))
         if previous is not None:
             os.close(previous)
+            self._take(handle)  # closing any handle of a file ends the locks on it (POSIX)
+
+    @staticmethod
+    def _take(handle):
+        if fcntl:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def mark(self, suspended):
         """Let owner() know, in a second line of the lock's file, whose time stays that of the start."""
-        pid, since = f"{os.getpid()}\n".encode(), os.fstat(self._lock).st_mtime_ns
         with contextlib.suppress(OSError):  # a full disk: it is only not shown
+            pid, since = f"{os.getpid()}\n".encode(), os.fstat(self._lock).st_mtime_ns
             os.ftruncate(self._lock, len(pid))
             if suspended:
                 os.pwrite(self._lock, b"suspended\n", len(pid))
             os.utime(self._lock, ns=(since, since))
 
     def still_locked(self):
-        """Whether the lock is there: it may have been removed, or the directory with it."""
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.stat(self.path(".spoolgore.lock")), os.fstat(self._lock))
-        return False
+        """Whether the lock is there: it may have been removed, or the directory with it. Raises OSError."""
+        status = look(self.path(".spoolgore.lock"))
+        return status is not None and os.path.samestat(status, os.fstat(self._lock))
+
+    def look(self, path):
+        """look(), but that the whole directory may be away says nothing of what is in it. Raises OSError."""
+        status = look(path)
+        if status is None and not self.still_locked():
+            raise FileNotFoundError(errno.ENOENT, "it is away or was made again", self.directory)
+        return status
 
     def is_home(self):
         """Whether the directory is the one that was locked."""
         return os.path.samestat(os.stat(self.directory), self._home)
 
-    def claim(self, path, seen, now, closed=None):
-        """Open a file for sending, as a Mail.
+    # -- one mail's file
 
-        seen: its status just now. closed: whether its writer was seen to close it; None when nothing was seen. Where
-        the system can say itself whether somebody writes the file, that counts; else closed, but a file that rests for
-        long is believed to be.
-        Raises FileNotFoundError, NotYet, NotAMail, or another OSError when it cannot be read.
-        """
-        if not stat.S_ISREG(seen.st_mode):
-            raise NotAMail("not a regular file, ignored")
-        file = io.FileIO(os.open(path, os.O_RDONLY | OPEN_CAREFULLY))
-        refused, status = lease_refused(file.fileno()), os.fstat(file.fileno())  # in this order: the writer has ended
-        if not stat.S_ISREG(status.st_mode) or is_being_written(refused, status, now, closed):
-            file.close()
-            raise NotYet
-        return Mail(path, file, status.st_size, status.st_nlink, identity(status), bool(refused))
-
-    def links(self, mail):
-        """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
+    @staticmethod
+    def open(path):
+        """(file, lease_refused(), its status). Raises FileNotFoundError, NotAMail, or another OSError."""
         try:
-            status = os.lstat(mail.path)
-            return status.st_nlink if identity(status) == mail.identity else 0
-        except OSError:  # the whole directory may be away, and come back with it
-            return 0 if self.still_locked() else mail.links
+            handle = os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
+                raise NotAMail("not a regular file, ignored") from None
+            if error.errno == errno.ENOTDIR:
+                raise FileNotFoundError(errno.ENOENT, error.strerror, path) from None
+            raise
+        refused, status = lease_refused(handle), os.fstat(handle)  # in this order: the writer has ended
+        if stat.S_ISREG(status.st_mode):
+            return io.FileIO(handle), refused, status
+        os.close(handle)
+        raise NotAMail("" if stat.S_ISDIR(status.st_mode) else "not a regular file, ignored")
 
-    def names(self, mail, links):
-        """Every name that the mail's file has in the spool: one mail, however many links it has."""
-        if links == 1:
-            return [mail.path]
-        return [path for path in self.named(self._names_of_inode(mail)) if leads_to(path, mail.identity)]
-
-    def touched(self, mail, message):
-        """The mail as it is by now, if nothing but its file's time is another: some copiers set it last."""
-        if mail.file.closed:
-            return None
-        now = identity(os.fstat(mail.file.fileno()))
-        is_touched = now != mail.identity and now[:3] == mail.identity[:3] and message.is_unchanged()
-        return mail._replace(identity=now) if is_touched else None
-
-    def renamed(self, mail):
-        """The path that the mail's file has by now in the spool, if it has any."""
-        for names in (self._name_of_handle, self._names_of_inode, self._names_of_inode):  # a listing may just miss it
-            with contextlib.suppress(OSError, ValueError):
-                for path in self.named(names(mail)):
-                    if leads_to(path, mail.identity):
-                        return path
-        return None
-
-    @staticmethod
-    def _name_of_handle(mail):
-        """The kernel knows by what name an open file goes now."""
-        return [os.path.basename(os.readlink(f"/proc/self/fd/{mail.file.fileno()}"))]
-
-    def _names_of_inode(self, mail):
+    def names(self, known):
+        """Every name in the spool of the file of this identity. Raises OSError."""
         with os.scandir(self.directory) as entries:
-            return [entry.name for entry in entries if entry.inode() == mail.identity[1]]
+            names = [entry.name for entry in entries if entry.inode() == known[1]]
+        return [path for path in self.named(names) if self.leads_to(path, known)]
 
     @staticmethod
-    def is_somewhere(mail):
-        """Whether the mail's file may have a name, in the spool or elsewhere."""
-        return mail.file.closed or os.fstat(mail.file.fileno()).st_nlink > 0
+    def leads_to(path, known):
+        """Whether a path is a name of the file of this identity. Raises OSError."""
+        status = look(path)
+        return status is not None and identity(status) == known
 
-    def remove(self, mail, links):
-        """Remove a mail that was delivered. Raises OSError."""
-        paths = self.names(mail, links)
-        if not paths:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), mail.path)
-        mail.file.close()  # Windows removes and renames no file that is open
-        for path in paths:
-            os.unlink(path)
+    def name_of(self, file, known):
+        """The path that an open file has by now in the spool, if it has any. Raises OSError."""
+        with contextlib.suppress(OSError, ValueError):  # the kernel knows, where there is /proc and the file is open
+            name = os.path.basename(os.readlink(f"/proc/self/fd/{file.fileno()}"))
+            if self.named([name]) and self.leads_to(self.path(name), known):
+                return self.path(name)
+        names = self.names(known) or self.names(known)  # a listing may just miss it
+        return names[0] if names else None
 
     def failed_path(self, path):
         return f"{self.failed}{os.sep}{path.rpartition(os.sep)[2]}"
@@ -1766,17 +1876,17 @@ class Spool:
         for suffix in (b".%d" % number for number in itertools.count(1)):
             yield os.path.join(self.failed, os.fsdecode(name[: NAME_LIMIT - len(suffix)] + suffix))
 
-    def put_aside(self, mail, links):
+    def put_aside(self, path):
         """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
         os.makedirs(self.failed, 0o700, exist_ok=True)
-        others = [path for path in self.names(mail, links) if path != mail.path]
-        target = next(itertools.filterfalse(os.path.lexists, self.failed_paths(mail.path)))
-        mail.file.close()
-        os.rename(mail.path, target)
-        for path in others:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        target = next(itertools.filterfalse(look, self.failed_paths(path)))
+        os.rename(path, target)
         return target
+
+    def sync(self):
+        """Make what was put aside last through a power cut."""
+        sync_directory(self.failed)
+        sync_directory(self.directory)
 
 
 class Watch:
@@ -1784,6 +1894,7 @@ class Watch:
 
     ATTRIB, CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF = 0x4, 0x8, 0x80, 0x100, 0x400, 0x800
     OVERFLOW, IGNORED, ONLYDIR = 0x4000, 0x8000, 0x1000000
+    LOST = OVERFLOW | DELETE_SELF | MOVE_SELF | IGNORED | ATTRIB
 
     def __init__(self, directory, lock):
         """lock: a file in it whose removal is noticed too, as ATTRIB (it has a link less)."""
@@ -1798,7 +1909,7 @@ class Watch:
                 raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
     def wait(self):
-        """The next (mask, name) events, when there are any."""
+        """The next (mask, name) events, when there are any. Raises OSError."""
         gevent.socket.wait_read(self.handle)
         data, events = os.read(self.handle, 65536), []
         while data:
@@ -1810,6 +1921,7 @@ class Watch:
     def close(self):
         if self.handle >= 0:
             os.close(self.handle)
+        self.handle = -1
 
 
 # ------------------------------------------------------------------- relay
@@ -2018,15 +2130,14 @@ class Connection:
     def _await_reply(self, seconds):
         """The match of a whole reply, which is not in the buffer yet."""
         self._allow(seconds)
-        while True:
-            while b"\n" not in self._receive() and len(self.buffer) <= REPLY_LIMIT:
-                pass  # only what is new is looked at
-            if match := REPLY.match(self.buffer):
-                return match
-            if len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer):
+        while not (match := REPLY.match(self.buffer)):
+            if self.buffer and (len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer)):
                 raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
             if self.buffer.count(b"\n") > self.most_lines:
                 raise RelayError(f"a reply of more than {self.most_lines} lines: {readable(self.buffer[:80])}")
+            while b"\n" not in self._receive() and len(self.buffer) <= REPLY_LIMIT:
+                pass  # only what is new is looked at
+        return match
 
     def _receive(self):
         if not self.watched:
@@ -2898,20 +3009,11 @@ class Rate:
         waits = [window.wait(wanted + self.in_flight, now) for window in self.windows]
         return None if None in waits else max(waits, default=0)
 
-    def begin(self, count):
-        self.in_flight += count
-
-    def cancel(self, count):
-        """They did not go out."""
-        self.in_flight -= count
-
-    def end(self, count, now):
-        self.in_flight -= count
-        self.add(count, now)
-
-    def add(self, count, now):
-        for window in self.windows:
-            window.add(count, now)
+    def note(self, count, end=None):
+        """So many begin; or they end, and went out by then; or, if end is 0, did not go out."""
+        self.in_flight += count if end is None else -count
+        for window in self.windows if end else ():
+            window.add(count, end)
 
 
 class Window:
@@ -2949,8 +3051,8 @@ class Window:
 class Turnstile:
     """Rate with a memory on the disk, so that a restart, whatever the reason for it, forgets nothing.
 
-    Each line of the file is ``+N`` (so many begin; on the disk before they do), ``-N TIME`` (they ended) or ``-N 0``
-    (they did not go out). What began and has no end went out when the process died, at the latest now.
+    Each line of the file is a note: ``+N`` (so many begin; on the disk before they do) or ``-N END``. What began and
+    has no end went out when the process died, at the latest now.
     """
 
     def __init__(self, limits, path, clock):
@@ -2962,44 +3064,30 @@ class Turnstile:
         return self.rate.room(self.clock())
 
     def wait(self, wanted):
-        return self.rate.wait(wanted, self.clock()) if self.rate.windows else 0
+        return self.rate.wait(wanted, self.clock())
 
     def begin(self, count):
-        self.rate.begin(count)
+        self.rate.note(count)
         self._write(f"+{count}\n", durable=True)
 
     def end(self, count, went_out=True):
-        if not (count and self.rate.windows):
-            return
-        now = self.clock()
-        if went_out:
-            self.rate.end(count, now)
-        else:
-            self.rate.cancel(count)
-        self._write(f"-{count} {now if went_out else 0:.6f}\n")
+        end = self.clock() if went_out else 0
+        self.rate.note(count, end)
+        self._write(f"-{count} {end:.6f}\n")
 
     def load(self):
-        """Read the file, and write it anew with what still counts."""
-        now, unended, lines = self.clock(), 0, []
+        """Read the file, and write it anew with what still counts. Raises OSError."""
+        now, lines = self.clock(), []
         with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
             lines = file.readlines()
-        if self.rate.windows and any(line[-1] == "\n" and not turnstile_line(line) for line in lines):
+        if self.rate.windows and any(line[-1] == "\n" and not note_of(line) for line in lines):
             log(f"lines of {self.path} could not be read: -rate may not hold across this restart")
-        for count, end in filter(None, map(turnstile_line, lines)):
-            unended += count if end is None else -count
-            if end:
-                self.rate.add(count, min(end, now))
-        if unended > 0:
-            self.rate.add(unended, now)
+        for count, end in filter(None, map(note_of, lines)):
+            self.rate.note(count, end and min(end, now))
+        self.rate.note(max(0, self.rate.in_flight), now)
+        self.rate.in_flight = 0
         self.rate.room(now)
         self._write("")
-
-    def _rewrite(self):
-        longest = max(self.rate.windows, key=lambda window: window.seconds)
-        lines = [f"+{count}\n-{count} {last:.6f}\n" for _, last, count in longest.ends]
-        lines += [f"+{self.rate.in_flight}\n"] if self.rate.in_flight else []
-        write_durably(self.path, [line.encode() for line in lines])
-        self._file, self._lines = open(self.path, "ab", buffering=0), len(lines)
 
     def _write(self, line, durable=False):
         if not self.rate.windows:
@@ -3011,27 +3099,30 @@ class Turnstile:
                 self._append(line, durable)
             self._complaint = ""
         except OSError as error:
-            self._failed(error)
+            self._failed(describe(error))
+
+    def _rewrite(self):
+        longest = max(self.rate.windows, key=lambda window: window.seconds)
+        lines = [f"+{count}\n-{count} {last:.6f}\n" for _, last, count in longest.ends]
+        lines += [f"+{self.rate.in_flight}\n"] if self.rate.in_flight else []
+        write_durably(self.path, [line.encode() for line in lines])
+        self._file, self._lines = open(self.path, "ab", buffering=0), len(lines)
 
     def _append(self, line, durable):
         file, self._lines = self._file, self._lines + 1
         if file.write(line.encode()) < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if durable:
-            off_the_hub(sync, file)
+            off_the_hub(os.fsync, file.fileno())
 
-    def _failed(self, error):
+    def _failed(self, reason):
         self._file = None  # written anew next time: half a line may stand at its end
-        if self._complaint != describe(error):
-            self._complaint = describe(error)
-            log(f"unable to write {self.path}, {self._complaint}: -rate may not hold across a restart")
+        if self._complaint != reason:
+            self._complaint = reason
+            log(f"unable to write {self.path}, {reason}: -rate may not hold across a restart")
 
 
-def sync(file):
-    os.fsync(file.fileno())
-
-
-def turnstile_line(line):
+def note_of(line):
     """(count, end) of a line; end is None for a begin; None for a line that is corrupt or that a crash cut short."""
     match = re.fullmatch(r"\+(\d+)\n|-(\d+) (\d+\.\d+)\n", line)
     if not match:
@@ -3184,7 +3275,7 @@ def report(options, stream, now):
     """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
     spool = Spool(options.directory, options.json)
     gc.disable()  # many small objects, and none of them garbage
-    paths, owner = spool.mails_and_failed(), spool.owner()
+    paths, owner = [*spool.mails(), *spool.list_failed()], spool.owner()
     lines = lines_of(spool.at_home(read_status(spool.status_path)), paths, now, bool(owner))
     width = shutil.get_terminal_size().columns if stream.isatty() else 0
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
@@ -3260,120 +3351,536 @@ class ServiceManager:
             sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
 
 
-# ----------------------------------------------------------------- spooler
+# ---------------------------------------------------------------- delivery
+#
+# One mail's journey in its greenlet: open, read, transact, settle. What holds:
+#
+# 1. Recipients are in flight before the first switch of their transaction: else an edit reaches them.
+# 2. Who has a mail that others wait for is on the disk before anything else is done with it, if the disk can be
+#    written. That a mail was given up is on the disk before its file moves, or it does not move.
+# 3. Whatever happens to one mail stops no other; however its greenlet ends, landed() leaves it in a state.
 
 
 class OutOfTurn(Exception):
-    """-rate has no room for this mail's transaction yet."""
+    """-rate has no room yet for a transaction of so many recipients."""
+
+
+class Delivery:
+    """See the head of this section. mail: FLYING; it may turn out to be another one that was renamed."""
+
+    __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "has_landed")
+
+    def __init__(self, spooler, mail):
+        self.spooler, self.mail, self.path = spooler, mail, mail.path  # by which the log calls it all the time
+        self.file, self.names, self.has_landed = None, 1, False
+
+    def run(self):
+        try:
+            if self.open() and self.read():
+                self.deliver()
+        except gevent.GreenletExit:  # the daemon ends, the mail is still in the queue
+            self.rest(0.0)
+        except (OSError, MemoryError) as error:
+            self.cannot_reach(error)
+        except Exception:  # noqa: BLE001
+            log.traceback(f"{self.path} unexpected error, it is tried again in a minute")
+            self.rest_a_minute()
+
+    def landed(self, _greenlet):
+        """The greenlet has ended, or could not even begin."""
+        if self.has_landed:
+            return
+        mail, queue, self.has_landed = self.mail, self.spooler.queue, True
+        if self.file:
+            self.file.close()
+        self.rest_a_minute()
+        if mail.state != LEFT and isinstance(mail.entry, dict):
+            interrupted(mail.entry)
+            if self.names == 1 and not is_partly_delivered(mail.entry):
+                queue.forget(mail)
+            mail.entry = pack(mail.path, mail.entry)
+        queue.began(mail)
+        self.spooler.status.wanted.set()
+        self.spooler.wake.set()
+
+    def rest(self, until):
+        """Unless something else has become of it already."""
+        if self.mail.state == FLYING:
+            self.spooler.queue.rest(self.mail, until)
+
+    def rest_a_minute(self):
+        self.rest(self.spooler.clock() + retry_delay(1))
+
+    # -- its file
+
+    def open(self):
+        """True when the file is open, nobody writes it, and it is this mail's alone."""
+        mail, spooler = self.mail, self.spooler
+        if spooler.queue.counts[ASIDE] and (aside := spooler.queue.mails.get(spooler.spool.failed_path(mail.path))):
+            self.take_back(aside)
+        try:
+            self.file, refused, status = spooler.spool.open(mail.path)
+        except FileNotFoundError:
+            return spooler.gone(mail)
+        except NotAMail as error:
+            return self.stick(str(error))
+        except PermissionError as error:
+            return self.stick(self.shown(f"unable to read mail file, {error.strerror}"))
+        if refused is not False and is_being_written(refused, status, spooler.clock(), mail.whole):
+            return self.rest(spooler.clock() + QUIET_SECONDS)
+        if refused:
+            log(f"{self.path} is sent, though somebody has it open for writing: it was left alone for a minute")
+        self.size, self.names = status.st_size, status.st_nlink
+        return self.is_its_own(identity(status))
+
+    def is_its_own(self, known):
+        """False when the file is another mail's, which has one more name, or a new one."""
+        queue, mail = self.spooler.queue, self.mail
+        other = queue.identify(mail, known)
+        if other is mail:
+            return True
+        if other.state != LEFT and (there := look(other.path)) and identity(there)[:2] == known[:2]:
+            return self.wait_for_other_name()
+        queue.drop(mail)
+        queue.rename(other, mail.path)
+        if other.state == FLYING:
+            return False
+        queue.taking = other if queue.taking is mail else queue.taking
+        queue.become(other, FLYING)
+        self.mail = other
+        return True
+
+    def wait_for_other_name(self):
+        """Two names of one file are one mail. This one goes when the other does; what is known of it is kept."""
+        if self.mail.entry is None:
+            return self.spooler.queue.drop(self.mail)
+        return self.rest(self.spooler.clock() + max(1, self.spooler.options.freq))
+
+    def take_back(self, aside):
+        """If the file was moved here from .failed, it has the entry that it had there. Raises OSError."""
+        mail, queue = self.mail, self.spooler.queue
+        if not has_recipients(mail.envelope()) and not look(aside.path):
+            envelope = aside.envelope()
+            if not envelope_problem(envelope):
+                requeue(envelope, self.spooler.clock())
+            mail.entry, mail.news = pack(mail.path, envelope), queue.epoch
+            queue.drop(aside)
+
+    def stick(self, reason):
+        """Leave the file alone until it changes. The reason is said once of each change."""
+        mail, before = self.mail, self.mail.seen
+        mail.seen = signature(look(mail.path))
+        self.spooler.queue.become(mail, STUCK)
+        if reason and mail.seen != before:
+            log(f"{self.path} {reason}")
+
+    def shown(self, reason):
+        """The entry says why the file cannot be sent, beside what is known. Returns the reason."""
+        mail = self.mail
+        envelope = mail.envelope() or new_envelope(None, self.spooler.clock())
+        if isinstance(envelope, dict):  # an edit may have made anything of it
+            mail.entry = pack(mail.path, {**envelope, "Error": reason})
+        return reason
+
+    def cannot_reach(self, error):
+        """Out of descriptors or memory, or a fault of the disk: the file itself may be fine, and need not change."""
+        self.rest_a_minute()
+        reason = (error.strerror if isinstance(error, OSError) else "") or describe(error)
+        self.spooler.say("read", f"unable to read mail files, {reason} (it is tried again)")
+        if not isinstance(self.mail.entry, dict):
+            self.shown(f"unable to read mail file, {reason}")
+
+    # -- its envelope
+
+    def read(self):
+        """True when there is a message, and somebody to have it."""
+        mail = self.mail
+        try:
+            self.message = read_message(self.file, self.size)
+            mail.entry = self.envelope()
+        except BadMessage as error:
+            return self.stick(self.shown(f"unable to parse mail file, {error}"))
+        except CorruptStatus as error:
+            return self.stick(f"is held, its entry in the status file is malformed: {error}")
+        if not recipients(mail.entry):
+            return self.stick(self.shown("has no recipients"))
+        self.spooler.status.wanted.set()
+        return True
+
+    def envelope(self):
+        """The mail's own entry, to change; a new one if it has none. Raises CorruptStatus."""
+        mail, now = self.mail, self.spooler.clock()
+        if mail.entry is None:
+            return new_envelope(self.message, now)
+        envelope = mail.envelope()
+        if problem := envelope_problem(envelope):
+            raise CorruptStatus(problem)
+        renew(envelope, self.message, now)
+        if others := unknown_to(envelope, self.message):
+            kept = f"{mail.path} keeps the recipients of the first mail of its name, and not {others}"
+            self.spooler.say(f"{mail.path} recipients", kept)
+        return envelope
+
+    # -- its transactions
+
+    def deliver(self):
+        """Transactions until nobody is due; then see what became of the mail."""
+        mail, spooler, now = self.mail, self.spooler, self.spooler.clock()
+        forced, mail.forced = mail.forced, False
+        waiting = [recipient for recipient in recipients(mail.entry) if recipient["Status"] == 0]
+        due = deque(waiting if forced else [each for each in waiting if next_attempt_of(each) <= now])
+        try:
+            self.transact_all(due)
+        except RelayDown:
+            self.settle(relay_down=True)
+        except OutOfTurn as turn:
+            spooler.status.commit(mail)
+            if self.links():
+                mail.forced |= forced
+                return spooler.queue.put_back(mail, *turn.args)
+            self.settle()
+        except BaseException:
+            interrupted(mail.entry)  # else those in flight would stay so until the next start
+            if not self.links():
+                self.settle()
+            raise
+        else:
+            self.settle()
+
+    def transact_all(self, due):
+        """Transactions until nobody is due. Raises RelayDown, OutOfTurn."""
+        spooler = self.spooler
+        while due and not (spooler.suspended or spooler.stopping):
+            if batch := self.next_batch(due):
+                due.extendleft(reversed(self.transact(batch)))
+            if due:
+                spooler.status.commit(self.mail)
+                named = {id(recipient) for recipient in recipients(self.mail.entry)}  # an edit may have come meanwhile
+                due = deque([each for each in due if id(each) in named and each["Status"] == 0])
+
+    def next_batch(self, due):
+        """The next recipients for one transaction; those whose address is no good are given up at once."""
+        batch, most = [], self.spooler.most
+        while due and len(batch) < most:
+            recipient = due.popleft()
+            if problem := address_problem(recipient["Address"]):
+                move(recipient, IN_FLIGHT, recipient["Error"])
+                self.give_up(recipient, f"553 5.1.3 not sent: {problem}", "bad address")
+            else:
+                batch.append(recipient)
+        return batch
+
+    def transact(self, batch):
+        """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
+        for recipient in batch:  # before the turn is written down: an edit that comes meanwhile leaves them alone
+            move(recipient, IN_FLIGHT, recipient["Error"])
+        outcomes = self.send(batch)
+        return [recipient for recipient in batch if self.conclude(recipient, *outcomes[recipient["Address"]])]
+
+    def take_turn(self, batch):
+        """Raises OutOfTurn, and they wait again, if -rate has no room."""
+        spooler, size = self.spooler, len(batch)
+        if spooler.turnstile.room() < size:
+            put_back(batch, "")
+            raise OutOfTurn(size)
+        spooler.turnstile.begin(size)
+        spooler.queue.began(self.mail)
+        spooler.wake.set()
+        return size
+
+    def send(self, batch):
+        """A dict from address to Outcome. Raises RelayDown, OutOfTurn: then everybody waits again as before."""
+        spooler, path, turn = self.spooler, self.path, 0
+        if not spooler.relay.down:
+            turn = self.take_turn(batch) if spooler.options.rate else 0
+            for recipient in batch:
+                log(f"{path} sending mail to {recipient['Address']} attempt: {recipient['Attempts']}")
+        addresses = list(dict.fromkeys([recipient["Address"] for recipient in batch]))
+        went_out = True
+        try:
+            return spooler.relay.send(self.message.sender, addresses, self.message)
+        except RelayDown as error:
+            went_out = False
+            put_back(batch, "" if spooler.stopping else str(error))
+            raise
+        except (gevent.GreenletExit, MemoryError) as error:
+            ended = "stopped" if isinstance(error, gevent.GreenletExit) else "no memory"
+            put_back(batch, f"{ended} in the middle of a transaction: the mail may have arrived")
+            for recipient in batch:
+                say_error(path, recipient)
+            raise
+        except Exception:  # noqa: BLE001
+            log.traceback(f"{path} unexpected error")
+            return dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, "unexpected error, see the log"))
+        finally:
+            if turn:
+                spooler.turnstile.end(turn, went_out)
+
+    def conclude(self, recipient, verdict, text):
+        """What a transaction's outcome means for one recipient; the only place that decides it. True: ask again."""
+        mail, options = self.mail, self.spooler.options
+        if verdict is Verdict.DELIVERED:
+            move(recipient, DELIVERED)
+            mail.news = self.spooler.queue.epoch
+            log(f"{self.path} successfully sent to {recipient['Address']}")
+        elif verdict is Verdict.AGAIN:
+            move(recipient, WAITING, text)
+        elif recipient["Attempts"] + 1 >= options.attempts:
+            self.give_up(recipient, text)
+        elif verdict is Verdict.REFUSED and options.fail5xx:
+            self.give_up(recipient, text, "permanent SMTP error")
+        else:
+            deferred(recipient, text, self.spooler.clock())
+            say_error(self.path, recipient)
+        return verdict is Verdict.AGAIN
+
+    def give_up(self, recipient, text, reason="max SMTP attempts reached"):
+        gave_up(recipient, text)
+        self.mail.news = self.spooler.queue.epoch
+        say_error(self.path, recipient)
+        log(f"{self.path} {reason} for {recipient['Address']} ... giving up")
+
+    # -- its end
+
+    def settle(self, relay_down=False):
+        """What becomes of the mail now: it waits, is put aside, or is done."""
+        mail, path = self.mail, self.mail.path
+        while not self.is_settled(relay_down) and self.find():
+            pass
+        if (mail.path != path or mail.state == LEFT) and look(path):
+            self.spooler.appeared(path)  # what stands there now is another mail
+
+    def is_settled(self, relay_down):
+        """False when its file is not what it was, or not there. Raises OSError when that is not to be known."""
+        mail, spooler, queue = self.mail, self.spooler, self.spooler.queue
+        end = state_of_all(mail.entry)
+        if end != DELIVERED:
+            known = spooler.status.commit(mail)
+            end = state_of_all(mail.entry)  # that took time, and an edit may have come
+        links = self.links()
+        if not links:
+            return False
+        if end == DELIVERED:
+            return self.is_done(self.remove, links)
+        if end == GIVEN_UP and known:
+            return self.is_done(self.put_aside, links)
+        if end == GIVEN_UP:  # suspended, or the status cannot be written
+            self.rest_a_minute()
+        elif relay_down and spooler.relay.down:
+            queue.become(mail, HELD)
+        else:
+            queue.rest(mail, 0.0 if mail.forced else next_attempt(mail.entry))
+        return True
+
+    def links(self):
+        """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
+        status = self.spooler.spool.look(self.mail.path)
+        return status.st_nlink if status and identity(status) == self.mail.identity else 0
+
+    def is_done(self, finish, links):
+        """False when its file is not there; else it goes now, or later: its entry remembers that it is settled."""
+        mail, spooler = self.mail, self.spooler
+        try:
+            paths = [mail.path] if links == 1 else spooler.spool.names(mail.identity)
+            if mail.path not in paths:
+                return False
+            self.file.close()  # Windows removes and renames no file that is open
+            finish(paths)
+        except OSError as error:
+            if not self.links():  # it was renamed or removed a moment ago
+                return False
+            spooler.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
+            self.rest_a_minute()
+        return True
+
+    def remove(self, paths):
+        """Everybody has it."""
+        for path in paths:
+            os.unlink(path)
+        self.spooler.queue.drop(self.mail)
+        self.spooler.sent += 1
+
+    def put_aside(self, paths):
+        """Some were given up: its entry goes with its file."""
+        mail, queue, spool = self.mail, self.spooler.queue, self.spooler.spool
+        for other in paths:
+            if other != mail.path:
+                os.unlink(other)
+        path, aside = mail.path, spool.put_aside(mail.path)
+        queue.forget(mail)
+        queue.rename(mail, aside)
+        queue.become(mail, ASIDE)
+        log(f"{path} moved to {aside}")
+        try:
+            off_the_hub(spool.sync)
+        except OSError as error:
+            self.spooler.say("sync", f"unable to sync {spool.failed}, {error.strerror}")
+
+    def find(self):
+        """The file is not what was opened: True if it is, but under a new name, or with another time."""
+        mail, queue = self.mail, self.spooler.queue
+        if path := self.spooler.spool.name_of(self.file, mail.identity):
+            queue.rename(mail, path)
+            return True
+        if self.is_touched():
+            return True
+        is_somewhere = self.file.closed or os.fstat(self.file.fileno()).st_nlink
+        (queue.lose if is_somewhere else queue.drop)(mail)
+        return False
+
+    def is_touched(self):
+        """Whether nothing but the file's time is another: some copiers set it last."""
+        mail, queue = self.mail, self.spooler.queue
+        if self.file.closed:
+            return False
+        now, before = identity(os.fstat(self.file.fileno())), mail.identity
+        if now == before or now[:3] != before[:3]:
+            return False
+        if not (now[3] < before[3] if self.message.whole is None else self.message.is_unchanged()):
+            return False
+        queue.identify(mail, now)
+        return True
+
+
+def read_message(file, size):
+    """The Message of a file. A large one is read in a thread: a header of some MB takes seconds to parse, in which
+    nobody else would be served. Raises BadMessage, OSError."""
+    return Message(file, size) if size < CHUNK else off_the_hub(Message, file, size)
+
+
+def say_error(path, recipient):
+    log(f"{path} SMTP error, mail to {recipient['Address']} {recipient['Error']}")
+
+
+def put_back(batch, error):
+    """Recipients that were not asked about wait as before; without an error they keep the one that they had."""
+    for recipient in batch:
+        move(recipient, WAITING, error or recipient["Error"])
+
+
+# ----------------------------------------------------------------- spooler
 
 
 class Spooler:
-    """Owns the queue: scan, pick up, deliver, settle. All times are seconds since 1970, from clock().
+    """The loop: signals, scans, events, and a delivery for each mail whose turn it is.
 
-    A path that is known is in one place: in line (fresh, retries, ahead) or in flight (then it is in busy too), or it
-    rests until a time (resting), until the relay is up (held), or until its file changes (stuck). When a file in flight
-    is renamed, opened has its new name, which may be in line as well; busy has the one that it came by.
+    All times are seconds since 1970, from clock().
     """
 
-    def __init__(self, options, spool, status, turnstile, clock=time.time):
-        self.options, self.spool, self.status = options, spool, status
+    def __init__(self, options, spool, queue, status, turnstile, clock=time.time):
+        self.options, self.spool, self.queue, self.status = options, spool, queue, status
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
         self.manager = ServiceManager({})
         self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
+        self.most = min(RECIPIENTS_PER_TRANSACTION, turnstile.rate.most)
         self.wake = gevent.event.Event()
-        self.fresh, self.retries = deque(), deque()  # paths that may go now
-        self.ahead = deque()  # what goes before them: its turn came, but -rate had too little room
-        self.old_first = False
-        self.busy = set()
-        self.resting, self.times = {}, []  # path -> when it is due; a heap of (when, path), some of them outdated
-        self.held = []
-        self.stuck = {}  # path -> signature of a file that cannot be sent as it is
-        self.forced = set()  # flushed: due whatever the status says
-        self.flushes = 0
-        self.closed = {}  # path -> whether its writer was seen to close it, or to move it here
-        self.owners = {}  # inode -> the name that counts, of files with several
-        self.opened = {}  # inode -> the name that its file has, of each mail in flight
-        self.met = {}  # identity -> (path, packed entry): partly delivered mails that wait or are away
+        self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
         self.said = {}  # what was complained about -> the text
-        self.need = 1  # recipients of the mail whose turn it is, under -rate
-        self.deciding = ""  # the mail that was taken up and has not begun, under -rate
+        self.keepers = {}  # name -> greenlet that does something for ever
         self.next_scan = 0.0
         self.offset = clock() - time.monotonic()
         self.once_until = clock() + 5 * QUIET_SECONDS  # -once waits for files that are being written, but not for ever
         self.sent = 0
-        self.watching = None
         self.suspended = self.stopping = False
         self.exit_status = EX_OK
-        self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
 
     # -- the loop
 
     def run(self):
         """Send until told to stop; with -once, until nothing is due. Returns the exit status."""
-        saver = gevent.spawn(self.status.keep_saving)
-        self.open_watch()
-        self.queue_again()
+        self.queue.look_again(due_at)
+        self.keep("watch", self.watch)
+        gevent.sleep(0)  # it begins before the first look
         self.round()
         while not self.finished():
             self.wake.wait(self.idle_seconds())
             self.wake.clear()
-            self.round()
+            try:
+                self.round()
+            except Exception:  # noqa: BLE001 -- the loop goes on whatever it met
+                log.traceback("unexpected error in the loop")
+                gevent.sleep(QUIET_SECONDS)
         self.stop()
-        saver.kill()
         return self.exit_status or (EX_TEMPFAIL if self.options.once and self.remains() else EX_OK)
 
     def round(self):
         """Do what is asked for, look, take up what is due, say how we are."""
         self.check_clock()
-        self.act_on_signals()
-        self.step()
+        while self.wanted:
+            getattr(self, self.wanted.pop(0))()
+        if not (self.suspended or self.stopping):
+            self.keep("status", self.status.keep_saving)
+            if self.clock() >= self.next_scan:
+                self.scan()
+            self.queue.release(self.clock())
+            self.dispatch()
         self.tell()
 
-    def step(self):
-        if self.suspended or self.stopping:
-            return
-        if self.clock() >= self.next_scan:
-            self.scan()
-        self.release_due()
-        if not self.stopping:
-            self.dispatch()
-
     def check_clock(self):
-        """Times are the wall clock's: when it is set back, they have to follow."""
+        """Times are the wall clock's: when it is set back, nobody waits for it to come round again."""
         offset = self.clock() - time.monotonic()
         back, self.offset = self.offset - offset, offset
         if back > CLOCK_STEP_SECONDS:
-            log(f"the clock was set back by {ago(back)}")
-            self.set_back(back)
+            log(f"the clock was set back by {ago(back)}: everything is tried now")
+            self.queue.flush()
+            self.once_until -= back
+            self.next_scan = 0.0
 
-    def set_back(self, seconds):
-        self.status.advance(seconds, self.clock())
-        self.once_until -= seconds
-        self.next_scan = 0.0
-        self.queue_again()
+    def dispatch(self):
+        """A greenlet for each mail that may go."""
+        queue, under_rate = self.queue, bool(self.options.rate)
+        while queue.counts[IN_LINE] and queue.counts[FLYING] < self.options.concurrency and not self.stopping:
+            mail = queue.take(self.turnstile.room() if under_rate else math.inf)
+            if not mail:
+                break
+            delivery = Delivery(self, mail)
+            try:
+                greenlet = self.pool.spawn(delivery.run)
+                greenlet.rawlink(delivery.landed)
+                greenlet.delivery = delivery
+            except MemoryError:
+                delivery.landed(None)
+                break
+
+    def lost_by_gevent(self, _context, _kind, error, _trace):
+        """An error outside of everything of ours; gevent would print its traceback."""
+        self.say("gevent", f"unexpected: {describe(error)}")
+
+    def rescue(self):
+        """Deliveries whose greenlets ended without a word, since there was no memory to begin them."""
+        for greenlet in [greenlet for greenlet in self.pool if greenlet.dead]:
+            self.pool.discard(greenlet)
+            greenlet.delivery.landed(greenlet)
+
+    def keep(self, name, work):
+        """Have a greenlet do this for ever: whatever it ends by, it is started again."""
+        greenlet = self.keepers.get(name)
+        if greenlet is None or greenlet.dead:
+            self.keepers[name] = gevent.spawn(self.attempt, name, work)
+
+    def attempt(self, name, work):
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001
+            self.say(name, f"{name}: {describe(error)} (it is started again)")
+            gevent.sleep(QUIET_SECONDS)
+        finally:
+            self.wake.set()
 
     def finished(self):
         if self.stopping:
             return True
         if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
-        return not (self.pool or self.turn_is_near() or self.is_due_before(self.once_until))
-
-    def in_line(self):
-        return len(self.ahead) + len(self.fresh) + len(self.retries)
-
-    def turn_is_near(self):
-        """Whether something is in line that goes soon."""
-        return bool(self.in_line()) and self.turn() < NEAR_SECONDS
+        near = self.queue.counts[IN_LINE] and self.turn() < NEAR_SECONDS
+        return not (self.queue.counts[FLYING] or near or self.queue.next_due() < self.once_until)
 
     def turn(self):
         """Seconds until -rate lets the next in line go; 0 also when that depends on what is in flight."""
-        return (self.in_line() and self.turnstile.wait(self.need)) or 0
-
-    def is_due_before(self, moment):
-        return bool(self.times) and self.times[0][0] < moment
+        need = self.queue.need() if self.options.rate else 0
+        return (need and self.turnstile.wait(need)) or 0
 
     def idle_seconds(self):
         """How long nothing needs doing; None: until something happens."""
@@ -3383,33 +3890,29 @@ class Spooler:
 
     def pauses(self, now):
         yield self.progress.next_word() - now
+        yield self.queue.next_due() - now
         if not self.options.once:
             yield self.next_scan - now
-        if self.times:
-            yield self.times[0][0] - now
         if turn := self.turn():
             yield turn
 
     def tell(self):
         """The log and the service manager hear how we are."""
-        counts, turn = (self.in_line(), len(self.pool), self.sent), self.turn()
-        self.say_turn(turn)
-        if text := self.progress.line(self.clock(), *counts, turn):
+        counts, turn = self.queue.counts, self.turn()
+        if turn >= NEAR_SECONDS and "rate" not in self.said:
+            self.say("rate", f"rate limit: the next turn is in {ago(turn)}")
+        elif not counts[IN_LINE]:
+            self.said.pop("rate", None)
+        if text := self.progress.line(self.clock(), counts[IN_LINE], counts[FLYING], self.sent, turn):
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
 
-    def say_turn(self, turn):
-        """That -rate holds back everything for long, once until nothing is in line any more."""
-        if turn >= NEAR_SECONDS and "rate" not in self.said:
-            self.say("rate", f"rate limit: the next turn is in {ago(turn)}")
-        elif not self.in_line():
-            self.said.pop("rate", None)
-
     def condition(self):
         """One line for the service manager."""
-        trouble = f", relay unavailable: {self.relay.down}" if self.relay.down else ""
-        waiting, deferred = self.in_line(), len(self.resting) + len(self.held)
-        return f"{waiting} waiting, {len(self.pool)} in flight, {deferred} deferred{trouble}"
+        counts, trouble = self.queue.counts, f", relay unavailable: {self.relay.down}" if self.relay.down else ""
+        return (
+            f"{counts[IN_LINE]} waiting, {counts[FLYING]} in flight, {counts[RESTING] + counts[HELD]} deferred{trouble}"
+        )
 
     def stop(self):
         """What is in flight may finish; then the status is saved."""
@@ -3417,14 +3920,15 @@ class Spooler:
         self.relay.retire()
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
-        self.close_watch()
         if self.suspended:  # what was delivered meanwhile is not in the file yet
-            self.take_edit()
+            if not self.take_edit():
+                self.status.set_aside(self.clock(), "it cannot be read")
             self.status.thaw()
         self.status.save()
-        if self.status.since_save:
+        if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
+        gevent.killall(list(self.keepers.values()))
         log(f"stopped ({self.queued()} messages in the queue)")
 
     def remains(self):
@@ -3434,7 +3938,7 @@ class Spooler:
             return True
 
     def queued(self):
-        return self.in_line() + len(self.pool) + len(self.resting) + len(self.held)
+        return sum(self.queue.counts[state] for state in (IN_LINE, FLYING, RESTING, HELD))
 
     # -- signals: the handlers set a flag, the loop acts
 
@@ -3448,13 +3952,9 @@ class Spooler:
         self.stopping = True
         self.wake.set()
 
-    def act_on_signals(self):
-        while self.wanted:
-            getattr(self, self.wanted.pop(0))()
-
-    def suspend(self):
+    def suspend(self, save=True):
         self.suspended = True
-        self.status.freeze()
+        self.status.freeze(save)
         self.spool.mark(suspended=True)
         self.manager.tell("STATUS=suspended")
         log("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
@@ -3467,110 +3967,84 @@ class Spooler:
         self.relay.poke()
 
     def reload(self):
-        self.take_edit()
-        self.queue_again()
-        self.resume()
+        if self.take_edit():
+            self.queue.look_again(due_at)
+            self.resume()
+        else:  # or the next write would take the edit away
+            self.suspend(save=False)
 
     def take_edit(self):
+        """Whether the status file could be read; a corrupt one is kept aside."""
         try:
             self.status.reload()
-            log("status reloaded")
         except CorruptStatus as error:
-            set_aside_corrupt(self.status, error, self.clock())
+            self.status.set_aside(self.clock(), error)
         except OSError as error:
             log(f"status not reloaded, {describe(error)}")
+            return False
+        else:
+            log("status reloaded")
+        return True
 
     def flush(self):
-        self.flushes += 1
-        self.queue_again()
-        self.forced = {*self.resting, *self.ahead, *self.fresh, *self.retries}
-        self.resting, self.times = dict.fromkeys(self.resting, 0.0), [(0.0, path) for path in self.resting]
+        self.queue.flush()
         log(f"spool directory flushed ({self.queued()} messages in the queue)")
         self.resume()
 
-    def queue_again(self):
-        """Look anew at everything that rests."""
-        self.held.clear()
-        self.stuck.clear()
-        self.resting = {path: self.due_at(path) for path in self.status.entries if self.rests(path)}
-        self.times = sorted((when, path) for path, when in self.resting.items())
-
-    def rests(self, path):
-        return path not in self.busy and os.path.dirname(path) == self.spool.directory
-
-    def due_at(self, path):
-        envelope = self.status.peek(path)
-        return 0.0 if envelope_problem(envelope) else next_attempt(envelope)
-
     def relay_is_up(self):
         """What waited for the relay goes at once."""
-        held, self.held = self.held, []
-        for path in held:
-            self.enqueue(path, self.retries)
+        self.queue.release_held()
         self.wake.set()
 
     # -- what is there
 
-    def open_watch(self):
-        """New names without a listing; where that cannot be had, the scan finds them."""
-        self.close_watch()
+    def watch(self):
+        """See new names without a listing, for ever; where that cannot be had, the scan finds them."""
         try:
             watch = Watch(self.spool.directory, self.spool.path(".spoolgore.lock"))
         except (OSError, AttributeError, TypeError) as error:
             self.say("watch", f"no inotify ({describe(error)}): new mails are seen every {self.options.freq} s")
-        else:
-            self.watching = gevent.spawn(self.keep_watching, watch)
-
-    def keep_watching(self, watch):
+            return
+        self.next_scan = 0.0  # for what came before the watch
         try:
             while True:
-                for mask, name in watch.wait():
-                    self.noticed(watch, mask, name)
                 self.wake.set()
+                for mask, name in watch.wait():
+                    with contextlib.suppress(OSError):  # the scan will see
+                        self.noticed(mask, name)
         finally:
             watch.close()
 
-    def close_watch(self):
-        if self.watching:
-            self.watching.kill()
-        self.watching = None
-
-    def noticed(self, watch, mask, name):
-        path = self.spool.path(name)
-        if mask & (watch.OVERFLOW | watch.DELETE_SELF | watch.MOVE_SELF | watch.IGNORED | watch.ATTRIB):
+    def noticed(self, mask, name):
+        """Raises OSError."""
+        if mask & Watch.LOST:
             self.next_scan = 0.0
-            self.closed.clear()
+            self.queue.open_unread()
+        elif mask & Watch.MOVED_TO:
+            self.appeared(self.spool.path(name), whole=True)
+        elif mask & Watch.CLOSE_WRITE:
+            self.appeared(self.spool.path(name), whole=True, pause=GRACE_SECONDS)
         elif self.spool.named([name]):
-            self.closed[path] = True if mask & (watch.CLOSE_WRITE | watch.MOVED_TO) else self.closed_at_birth(path)
-            if self.is_new(path) or (self.closed[path] and path in self.resting and path not in self.status):
-                self.take_up(path, was_moved=mask & watch.MOVED_TO)
+            whole = whole_at_birth(self.spool.path(name))
+            self.appeared(self.spool.path(name), whole, 0 if whole else UNCLOSED_SECONDS)
 
-    def take_up(self, path, was_moved):
-        """A new name: a mail that was moved or linked here is whole, and goes at once."""
-        if was_moved or self.closed[path] is None:
-            self.enqueue(path, self.fresh)
+    def appeared(self, path, whole=False, pause=0):
+        """There may be a file of this name. whole: nobody writes it any more; pause: seconds until it may be opened."""
+        queue = self.queue
+        if not self.spool.named([os.path.basename(path)]):
+            return
+        mail = queue.mails.get(path)
+        if mail and mail.state == STUCK and not has_changed(mail):
+            return
+        if mail and mail.state != STUCK and not (mail.state == RESTING and mail.entry is None):
+            return
+        mail = mail or queue.add(path)
+        mail.whole = whole
+        if pause:
+            queue.rest(mail, self.clock() + pause)
         else:
-            self.later(path, self.clock() + GRACE_SECONDS)
-
-    @staticmethod
-    def closed_at_birth(path):
-        """A name that turns up is open in its writer's hands, unless it is another link to what was there before."""
-        status = look(path)
-        return None if not status or status.st_nlink > 1 or status.st_ctime_ns != status.st_mtime_ns else False
-
-    def is_new(self, path):
-        if path in self.busy or path in self.resting:
-            return False
-        if path in self.stuck:
-            return self.stuck[path] != signature(look(path))
-        return path not in self.status
-
-    def enqueue(self, path, queue):
-        for elsewhere in (self.resting, self.stuck):
-            elsewhere.pop(path, None)
-        if path not in self.busy:
-            self.busy.add(path)
-            queue.append(path)
+            queue.line_up(mail, queue.fresh)
+        self.wake.set()
 
     def scan(self):
         started, freq = time.monotonic(), self.options.freq
@@ -3584,34 +4058,43 @@ class Spooler:
         except OSError as error:
             self.say("scan", f"unable to access spool directory, {describe(error)}")
             freq = min(freq, PROBE_SECONDS)  # nothing else tells that it is back
+        self.keep("watch", self.watch)
+        self.rescue()
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
         self.manager.tell(f"READY=1\nSTATUS={one_line(self.condition())}")
 
     def take_stock(self, paths):
-        """Queue what is new, oldest first; forget what is gone."""
-        new = [path for path in paths if path not in self.resting and self.is_new(path)]
-        for path in sorted(new, key=age_key):
-            self.enqueue(path, self.fresh)
-        present = set(paths)
-        for path in [path for path in self.status.entries if path not in present and path not in self.busy]:
-            if not os.path.lexists(path):
-                self.gone(path)
-        self.stuck = {path: seen for path, seen in self.stuck.items() if path in present}
-        self.closed = {path: closed for path, closed in self.closed.items() if path in present}
-        self.owners = {inode: path for inode, path in self.owners.items() if path in present}
+        """Line up what is new or changed, oldest first; forget what is gone. Raises OSError."""
+        queue, present = self.queue, set(paths)
+        for path in sorted([path for path in paths if path not in queue.mails], key=age_key):
+            queue.line_up(queue.add(path), queue.fresh)
+        stuck = [mail for mail in queue.mails.values() if mail.state == STUCK] if queue.counts[STUCK] else ()
+        for mail in stuck:
+            if mail.path in present and has_changed(mail):
+                queue.line_up(mail, queue.fresh)
+        absent = queue.mails.keys() - present
+        if queue.counts[ASIDE]:
+            absent.difference_update(self.spool.list_failed())
+        for mail in [queue.mails[path] for path in absent]:
+            if mail.state not in (FLYING, LEFT):
+                with contextlib.suppress(OSError):  # nothing is known: it stays
+                    self.gone(mail)
 
     def reopen(self):
         """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
         status file counts; else only the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
-        self.open_watch()
+        if watch := self.keepers.pop("watch", None):
+            watch.kill()
         if same:
             return
-        self.status.entries = {path: entry for path, entry in self.status.entries.items() if path in self.busy}
-        load_status(self.status, self.clock(), reload=True)
-        self.queue_again()
+        for mail in [mail for mail in self.queue.mails.values() if mail.state != FLYING]:
+            self.queue.drop(mail)
+        self.queue.dropped.clear()
+        self.take_edit()
+        self.queue.look_again(due_at)
         log(f"spool directory {self.spool.directory} was made again")
 
     def give_way(self, error):
@@ -3620,422 +4103,38 @@ class Spooler:
         self.stopping, self.exit_status = True, EX_ERROR
         self.status.thawed.clear()  # the status file is the other's
 
-    def gone(self, path):
-        """The file is not there: somebody removed it, or it was put aside just before a crash."""
-        for known in (self.stuck, self.closed, self.resting, self.said):
-            known.pop(path, None)
-        self.said.pop(f"{path} recipients", None)
-        if path not in self.status or path in self.opened.values():  # in flight: it was renamed to this
+    def gone(self, mail):
+        """The file is not there: somebody removed it, or it was put aside just before a crash. Raises OSError."""
+        if self.spool.look(mail.path) or self.was_put_aside(mail) or self.is_back(mail):
             return
-        envelope, asides = self.status.peek(path), itertools.takewhile(os.path.lexists, self.spool.failed_paths(path))
-        aside = next((aside for aside in asides if aside not in self.status), None)
-        failed = not envelope_problem(envelope) and state_of_all(envelope) == GIVEN_UP
-        if failed and aside and os.path.dirname(path) != self.spool.failed:
-            self.status.rename(path, aside)
-        elif not self.is_back(path):
-            self.status.drop(path)
+        self.said.pop(f"{mail.path} recipients", None)
+        self.queue.lose(mail)
+        self.status.wanted.set()
 
-    def is_back(self, path):
-        """Whether this entry's file was moved from .failed into the spool again."""
-        back = self.spool.path(os.path.basename(path))
-        return os.path.dirname(path) == self.spool.failed and back not in self.status and os.path.lexists(back)
-
-    # -- what is due
-
-    def release_due(self):
-        now = self.clock()
-        while self.is_due_before(now):
-            when, path = heapq.heappop(self.times)
-            if self.resting.get(path) == when:
-                self.enqueue(path, self.retries)
-
-    def dispatch(self):
-        """A greenlet for each mail that may go."""
-        under_rate = bool(self.options.rate)
-        while self.in_line() and not self.pool.full() and not self.deciding:
-            if under_rate and self.turnstile.room() < self.need:
-                break
-            path = self.next_path()
-            self.deciding = path if under_rate else ""
-            self.pool.spawn(self.handle, path).rawlink(self.has_ended)
-
-    def has_ended(self, _greenlet):
-        """Called when the pool has its slot back."""
-        self.wake.set()
-
-    def next_path(self):
-        """New mails and old ones in turn, so that neither waits behind all of the other."""
-        self.old_first = not self.old_first
-        old_or_new = (self.retries or self.fresh) if self.old_first else (self.fresh or self.retries)
-        return (self.ahead or old_or_new).popleft()
-
-    def later(self, path, when):
-        self.resting[path] = when
-        heapq.heappush(self.times, (when, path))
-        self.wake.set()
-
-    # -- one mail
-
-    def handle(self, path):
-        """The greenlet of one mail: whatever happens to it stops nobody else."""
-        try:
-            self.pick_up(path)
-        except OutOfTurn:
-            self.ahead.append(path)
-        except gevent.GreenletExit:  # the daemon ends, the mail is still in the queue
-            self.later(path, 0.0)
-        except Exception:  # noqa: BLE001
-            log.traceback(f"{path} unexpected error, it is tried again in a minute")
-            self.later(path, self.clock() + retry_delay(1))
-        finally:
-            if path not in self.ahead:
-                self.busy.discard(path)
-            self.decided(path)
-
-    def decided(self, path):
-        """Under -rate: this mail has its turn or has none, and the next one may be taken up."""
-        if self.deciding == path:
-            self.deciding = ""
-            self.wake.set()
-
-    def pick_up(self, path):
-        """Open a mail's file and deliver it, or see to it that it comes again."""
-        seen = None
-        try:
-            seen = os.lstat(path)
-            mail = self.spool.claim(path, seen, self.clock(), self.closed.get(path))
-        except FileNotFoundError:
-            self.gone(path)
-        except NotYet:
-            self.later(path, self.clock() + QUIET_SECONDS)
-        except NotAMail as error:
-            self.ignore(path, seen, "" if stat.S_ISDIR(seen.st_mode) else str(error))
-        except PermissionError as error:
-            self.hold(path, seen, f"unable to read mail file, {error.strerror}")
-        except OSError as error:
-            self.cannot_read(path, error)
-        else:
-            with mail.file:
-                self.closed.pop(path, None)
-                if mail.is_open:
-                    log(f"{path} is sent, though somebody has it open for writing: it was left alone for a minute")
-                self.hold_open(mail, seen)
-
-    def ignore(self, path, seen, reason):
-        """Leave this file alone until it changes."""
-        self.stuck[path] = signature(seen)
-        if reason:
-            log(f"{path} {reason}")
-
-    def hold(self, path, seen, reason):
-        """The mail stays where it is, and its entry says why."""
-        self.ignore(path, seen, reason)
-        self.show(path, reason)
-
-    def show(self, path, reason):
-        """The entry says why the mail is not sent."""
-        envelope = self.status.peek(path) if path in self.status else new_envelope(None, self.clock())
-        if isinstance(envelope, dict):  # an edit may have made anything of it
-            self.status.put(path, pack(path, unusable(envelope, reason)))
-
-    def cannot_read(self, path, error):
-        """Out of descriptors, or a fault of the disk: the file itself may be fine, and need not change."""
-        self.say("read", f"unable to read mail files, {error.strerror} (it is tried again)")
-        self.show(path, f"unable to read mail file, {error.strerror}")
-        self.later(path, self.clock() + retry_delay(1))
-
-    def hold_open(self, mail, seen):
-        """Deliver it, one greenlet per file: another name of it has to wait."""
-        inode = mail.identity[:2]
-        if inode in self.opened:
-            return self.later(mail.path, self.clock() + QUIET_SECONDS)
-        if not self.owns(mail):
-            return self.later(mail.path, self.clock() + max(1, self.options.freq))
-        self.opened[inode] = mail.path
-        try:
-            return self.open_mail(mail, seen)
-        finally:
-            del self.opened[inode]
-
-    def open_mail(self, mail, seen):
-        """Read the message, find its envelope, deliver."""
-        try:
-            message = read_message(mail)
-        except BadMessage as error:
-            return self.hold(mail.path, seen, f"unable to parse mail file, {error}")
-        except OSError as error:
-            return self.cannot_read(mail.path, error)
-        try:
-            envelope = self.envelope_of(mail, message)
-        except CorruptStatus as error:
-            return self.ignore(mail.path, seen, f"is held, its entry in the status file is malformed: {error}")
-        if not recipients(envelope):
-            return self.hold(mail.path, seen, "has no recipients")
-        return self.deliver(mail, message, envelope)
-
-    def owns(self, mail):
-        """Whether this name of the file is the one that counts: two names of one file are one mail."""
-        if mail.links == 1:
-            return True
-        inode = mail.identity[:2]
-        owner = self.owners.get(inode)
-        if owner is None or not self.spool.links(mail._replace(path=owner)):
-            owner = next((name for name in self.spool.names(mail, mail.links) if name in self.status), mail.path)
-            self.owners[inode] = owner
-        return owner == mail.path
-
-    def envelope_of(self, mail, message):
-        """The mail's entry: its own, the one it had under another name or when it was given up, or a new one. Raises
-        CorruptStatus."""
-        path, now, aside = mail.path, self.clock(), self.spool.failed_path(mail.path)
-        self.recognise(mail)
-        is_back = path not in self.status and aside in self.status and not os.path.lexists(aside)
-        if is_back:
-            self.status.rename(aside, path)
-        if path not in self.status:
-            return self.status.put(path, new_envelope(message, now))
-        if problem := envelope_problem(self.status.peek(path)):
-            raise CorruptStatus(problem)
-        envelope = self.status.take(path)
-        if is_back:
-            requeue(envelope, now)
-        renew(envelope, message, now)
-        if others := unknown_to(envelope, message):
-            self.say(
-                f"{path} recipients", f"{path} keeps the recipients of the first mail of its name, and not {others}"
-            )
-        return envelope
-
-    def recognise(self, mail):
-        """A file that was here under another name: who has it already does not get it again."""
-        if mail.identity in self.met and not self.has_recipients(mail.path):
-            path, packed = self.met.pop(mail.identity)
-            if path in self.status and not os.path.lexists(path):
-                self.status.drop(path)
-            self.status.adopt(mail.path, unpack(packed))
-
-    def has_recipients(self, path):
-        """Whether there is an entry, and not only to say why its file could not be read."""
-        entry = self.status.peek(path) if path in self.status else {}
-        return not isinstance(entry, dict) or any(entry.get(key) for key in FIELDS)
-
-    def remember(self, mail, envelope):
-        """So that it is recognised, if anybody has it."""
-        if any(state(recipient) == DELIVERED for recipient in recipients(envelope)):
-            self.met.pop(mail.identity, None)  # the latest stand last
-            self.met[mail.identity] = (mail.path, pack(mail.path, envelope))
-            if len(self.met) > MET_LIMIT:
-                del self.met[next(iter(self.met))]
-
-    def deliver(self, mail, message, envelope):
-        """Every recipient that is due; then see what became of the mail."""
-        forced, now = mail.path in self.forced, self.clock()
-        self.forced.discard(mail.path)
-        due = deque([r for r in recipients(envelope) if is_due(r, now) or (forced and state(r) == WAITING)])
-        try:
-            self.transact_all(mail, message, envelope, due)
-        except RelayDown:
-            self.settle(mail, message, envelope, relay_down=True)
-        except OutOfTurn:
-            self.status.commit_deliveries(mail.path)
-            if self.spool.links(mail):
-                self.forced.update([mail.path] if forced else [])
-                self.remember(mail, envelope)
-                raise
-            self.need = 1  # the next in line may be any
-            self.settle(mail, message, envelope)
-        except BaseException:
-            interrupted(envelope)  # else those in flight would stay so until the next start
-            self.remember(mail, envelope)
-            if not self.spool.links(mail):
-                self.settle(mail, message, envelope)
-            raise
-        else:
-            self.settle(mail, message, envelope)
-        finally:
-            self.status.rest(self.opened[mail.identity[:2]], envelope)
-
-    # -- transactions
-
-    def transact_all(self, mail, message, envelope, due):
-        """Transactions until nobody is due. Raises RelayDown, OutOfTurn."""
-        while due and not (self.suspended or self.stopping):
-            if batch := self.next_batch(mail.path, envelope, due):
-                due.extendleft(reversed(self.transact(mail.path, message, batch)))
-            if due:
-                self.status.commit_deliveries(mail.path)
-
-    def next_batch(self, path, envelope, due):
-        """The next recipients for one transaction; those whose address is no good are given up at once."""
-        batch, most = [], min(RECIPIENTS_PER_TRANSACTION, self.turnstile.rate.most)
-        present = {id(recipient) for recipient in recipients(envelope)}
-        while due and len(batch) < most:
-            recipient = due.popleft()
-            if id(recipient) not in present or state(recipient) != WAITING:  # an edit was reloaded meanwhile
-                continue
-            if problem := address_problem(recipient["Address"]):
-                begin(recipient)
-                self.give_up(path, recipient, f"553 5.1.3 not sent: {problem}", "bad address")
-            else:
-                batch.append(recipient)
-        return batch
-
-    def transact(self, path, message, batch):
-        """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
-        for recipient in batch:  # before the turn is written down: an edit that comes meanwhile leaves them alone
-            begin(recipient)
-        turn = 0 if self.relay.down else self.take_turn(path, batch)
-        outcomes = self.send(path, message, batch, turn)
-        return [recipient for recipient in batch if self.conclude(path, recipient, outcomes[recipient["Address"]])]
-
-    def take_turn(self, path, batch):
-        """Returns how many recipients go. Under -rate: raises OutOfTurn, and they wait again, if there is no room."""
-        size = len(batch)
-        if self.options.rate:
-            if self.turnstile.room() < size:
-                self.need = size
-                put_back(batch, "")
-                raise OutOfTurn
-            self.need = 1
-            self.turnstile.begin(size)
-            self.decided(path)
-        for recipient in batch:
-            log(f"{path} sending mail to {recipient['Address']} attempt: {recipient['Attempts']}")
-        return size
-
-    def send(self, path, message, batch, turn):
-        """A dict from address to Outcome. Raises RelayDown, and everybody waits again as before."""
-        addresses = list(dict.fromkeys(recipient["Address"] for recipient in batch))
-        try:
-            outcomes = self.relay.send(message.sender, addresses, message)
-        except RelayDown as error:
-            self.turnstile.end(turn, went_out=False)
-            put_back(batch, "" if self.stopping else str(error))
-            raise
-        except gevent.GreenletExit:
-            put_back(batch, "stopped in the middle of a transaction: the mail may have arrived")
-            for recipient in batch:
-                say_error(path, recipient, recipient["Error"])
-            raise
-        except Exception:  # noqa: BLE001
-            log.traceback(f"{path} unexpected error")
-            outcomes = dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, "unexpected error, see the log"))
-        self.turnstile.end(turn)
-        return outcomes
-
-    def conclude(self, path, recipient, outcome):
-        """What a transaction's outcome means for one recipient; the only place that decides it. True: ask again."""
-        verdict, text = outcome
-        address = recipient["Address"]
-        if verdict is Verdict.AGAIN:
-            postponed(recipient, text)
-        elif verdict is Verdict.DELIVERED:
-            delivered(recipient)
-            self.status.delivered(path, address)
-            log(f"{path} successfully sent to {address}")
-        elif recipient["Attempts"] + 1 >= self.options.attempts:
-            self.give_up(path, recipient, text)
-        elif verdict is Verdict.REFUSED and self.options.fail5xx:
-            self.give_up(path, recipient, text, "permanent SMTP error")
-        else:
-            deferred(recipient, text, self.clock())
-            say_error(path, recipient, text)
-        return verdict is Verdict.AGAIN
-
-    def give_up(self, path, recipient, text, reason="max SMTP attempts reached"):
-        gave_up(recipient, text)
-        say_error(path, recipient, text)
-        log(f"{path} {reason} for {recipient['Address']} ... giving up")
-
-    # -- settling
-
-    def settle(self, mail, message, envelope, relay_down=False):
-        """What becomes of the mail now: it waits, is put aside, or is done."""
-        path, flushes = mail.path, self.flushes
-        while mail and not self.try_to_settle(mail, envelope, relay_down):
-            mail = self.follow(mail, message, envelope)
-        if mail and mail.path in self.resting and self.flushes > flushes:  # in no queue when the flush looked
-            self.forced.add(mail.path)
-            self.later(mail.path, 0.0)
-        if not (mail and mail.path == path) and os.path.lexists(path):  # what stands in its place is another mail
-            self.later(path, 0.0)
-
-    def try_to_settle(self, mail, envelope, relay_down):
-        """False when its file is not what it was, or not there."""
-        path, end = mail.path, state_of_all(envelope)
-        if end != DELIVERED:
-            self.commit(path, end)
-            end = state_of_all(envelope)  # that took time
-        links = self.spool.links(mail)
-        if not links:
+    def was_put_aside(self, mail):
+        """Whether it lies in .failed, and the daemon was killed before the status file could say so."""
+        envelope = mail.envelope()
+        if mail.state != RESTING or envelope_problem(envelope) or state_of_all(envelope) != GIVEN_UP:
             return False
-        if end == DELIVERED or (end == GIVEN_UP and not self.suspended):
-            return self.try_to_remove(mail, links, envelope, self.finish if end == DELIVERED else self.put_aside)
-        self.remember(mail, envelope)
-        if relay_down and self.relay.down:
-            self.held.append(path)
-        else:  # or given up while suspended: that is not on the disk, and its file must not go before
-            self.later(path, next_attempt(envelope))
-        return True
+        asides = itertools.takewhile(look, self.spool.failed_paths(mail.path))
+        aside = next((aside for aside in asides if aside not in self.queue.mails), None)
+        if aside:
+            self.queue.rename(mail, aside)
+            self.queue.become(mail, ASIDE)
+            self.status.wanted.set()
+        return bool(aside)
 
-    def commit(self, path, end):
-        """Before anything else is done with the mail, the status file knows who has it."""
-        if end == GIVEN_UP:
-            self.status.commit()
-        else:
-            self.status.commit_deliveries(path)
-
-    def try_to_remove(self, mail, links, envelope, remove):
-        """False when its file is not there; else it goes now, or later: its entry remembers that it is settled."""
-        try:
-            remove(mail, links, envelope)
-            self.owners.pop(mail.identity[:2], None)
-            self.met.pop(mail.identity, None)
-        except OSError as error:
-            if not self.spool.links(mail):  # it was renamed or removed a moment ago
-                return False
-            self.remember(mail, envelope)
-            self.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
-            self.later(mail.path, self.clock() + retry_delay(1))
-            self.status.changed()
-        return True
-
-    def follow(self, mail, message, envelope):
-        """The file is not what was opened. Returns the same mail as it is now, touched or under a new name; None when
-        it has gone or changed."""
-        if new := self.spool.renamed(mail):
-            self.move(mail, new, envelope)
-            self.resting.pop(new, None)
-            return mail._replace(path=new)
-        if touched := self.spool.touched(mail, message):
-            return touched
-        self.status.release(mail.path, envelope)
-        if self.spool.is_somewhere(mail):
-            self.remember(mail, envelope)
-        return None
-
-    def move(self, mail, path, envelope):
-        """The same mail under another name."""
-        self.status.move(mail.path, path, envelope)
-        self.opened[mail.identity[:2]] = path
-
-    def finish(self, mail, links, envelope):
-        """Everybody has it: the file goes, and its entry. Raises OSError."""
-        self.spool.remove(mail, links)
-        self.status.release(mail.path, envelope)
-        self.sent += 1
-
-    def put_aside(self, mail, links, envelope):
-        """Some were given up: the file goes to .failed, and its entry with it. Raises OSError."""
-        aside = self.spool.put_aside(mail, links)
-        self.move(mail, aside, envelope)
-        log(f"{mail.path} moved to {aside}")
+    def is_back(self, aside):
+        """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
+        back = aside.state == ASIDE and self.queue.mails.get(self.spool.path(os.path.basename(aside.path)))
+        return bool(back) and not has_recipients(back.envelope())
 
     # -- complaints, each once
 
     def say(self, subject, text):
-        if self.said.get(subject) != text:
-            self.said[subject] = text
+        before, when = self.said.get(subject, ("", 0))
+        if before != text or time.monotonic() - when > SAY_AGAIN_SECONDS:
+            self.said[subject] = text, time.monotonic()
             log(text)
 
     def unsay(self, subject, text):
@@ -4043,47 +4142,24 @@ class Spooler:
             log(text)
 
 
-def read_message(mail):
-    """The Message of a claimed mail. A large one is read in a thread: a header of some MB takes seconds to parse, in
-    which nobody else would be served. Raises BadMessage, OSError."""
-    if mail.size < CHUNK:
-        return Message(mail.file, mail.size)
-    return off_the_hub(Message, mail.file, mail.size)
+def due_at(mail):
+    """When a mail that waits is due by its entry."""
+    envelope = mail.envelope()
+    return 0.0 if envelope_problem(envelope) else next_attempt(envelope)
 
 
 def age_key(path):
-    """Sorts files by age, the oldest first."""
-    status = look(path)
-    return status.st_mtime_ns if status else 0, path
+    """Sorts files by their age, the oldest first."""
+    with contextlib.suppress(OSError):
+        return modified(path), path
+    return 0.0, path
 
 
-def say_error(path, recipient, text):
-    log(f"{path} SMTP error, mail to {recipient['Address']} {text}")
-
-
-def put_back(batch, error):
-    """Recipients that were not asked about wait as before; without an error they keep the one that they had."""
-    for recipient in batch:
-        postponed(recipient, error or recipient["Error"])
-
-
-def set_aside_corrupt(status, error, now):
-    """A corrupt status file is kept, under another name, and said."""
-    try:
-        log(f"corrupt status file {status.path}, {error}: moved to {status.set_aside(now)}")
-    except OSError as problem:
-        log(f"corrupt status file {status.path}, {error}: {describe(problem)}")
-
-
-def load_status(status, now, reload=False):
-    """Read the status file; a corrupt one does not stop the daemon."""
-    try:
-        if reload:
-            status.reload()
-        else:
-            status.load()
-    except CorruptStatus as error:
-        set_aside_corrupt(status, error, now)
+def has_changed(mail):
+    """Whether the file of a STUCK mail is not what it was; no, when that is not to be known."""
+    with contextlib.suppress(OSError):
+        return mail.seen != signature(look(mail.path))
+    return False
 
 
 # -------------------------------------------------------------------- main
@@ -4124,7 +4200,7 @@ def affordable(concurrency, descriptors):
     most = max(1, (descriptors - SPARE_DESCRIPTORS) / 2)
     if concurrency <= most:
         return concurrency
-    log(f"-concurrency is lowered to {most}: no more than {descriptors} files may be open")
+    log(f"-concurrency is lowered to {int(most)}: no more than {descriptors} files may be open")
     return int(most)
 
 
@@ -4151,16 +4227,20 @@ def check_status_path(path):
 def serve(options):
     """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
     options = options._replace(concurrency=affordable(options.concurrency, raise_descriptor_limit()))
-    spool = Spool(options.directory, options.json)
-    status = Status(spool.status_path, spool.at_home)
+    spool, queue = Spool(options.directory, options.json), Queue()
+    status = Status(queue, spool)
     turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
-    spooler = Spooler(options, spool, status, turnstile)
+    spooler = Spooler(options, spool, queue, status, turnstile)
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_is_up)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
     set_up_signals(spooler)
+    gevent.get_hub().print_exception = spooler.lost_by_gevent
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
-    load_status(status, time.time())
+    try:
+        status.load()
+    except CorruptStatus as error:
+        status.set_aside(time.time(), error)
     turnstile.load()
     gc.freeze()  # what is there now stays: the collector need not look at it again
     if options.once and sys.stderr.isatty():
