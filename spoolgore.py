@@ -439,6 +439,7 @@ NO_FIELD = re.compile(rb"\n(?![!-9;-~]+[ \t]*:|(?<!\A\n)[ \t])[^\n]*")
 VALUE = rb"[ \t]*:(.*?)(?=\n(?![ \t])|\Z)"
 FIELD = re.compile(rb"\n([!-9;-~]+)" + VALUE, re.DOTALL)
 ADDRESS_FIELD = re.compile(rb"\n(from|(?:resent-)?(?:to|cc|bcc))" + VALUE, re.IGNORECASE | re.DOTALL)
+RESENT_TO_FIELD = re.compile(rb"\nresent-(?:to|cc|bcc)[ \t]*:", re.IGNORECASE)
 BCC = re.compile(rb"\n(?:resent-)?bcc" + VALUE, re.IGNORECASE | re.DOTALL)
 SENDERS = ("from", "resent-from", "resent-sender")
 RESENT_TO = ("resent-to", "resent-cc", "resent-bcc")
@@ -460,14 +461,10 @@ def unix_lines(read, octets=CHUNK):
     while data := read(octets):
         data = held + data
         held = b"\r" if data.endswith(b"\r") else b""
-        if text := with_lf(data[:-1] if held else data):
+        if text := (data[:-1] if held else data).replace(b"\r\n", b"\n").replace(b"\r", b"\n"):
             yield text
     if held:
         yield b"\n"
-
-
-def with_lf(text):
-    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def split_header(chunks):
@@ -475,9 +472,14 @@ def split_header(chunks):
 
     Raises BadMessage when the header does not end within HEADER_LIMIT octets, or the message begins with its end.
     """
-    text = joined_until(b"\n", b"", chunks)
-    text = joined_until(b"\n\n", text[NO_HEADER_YET.match(text).end() :], chunks)
-    if text.startswith(b"\n"):
+    text = next(chunks, b"")
+    while b"\n" not in text[-CHUNK - 2 :] and len(text) <= HEADER_LIMIT and (more := next(chunks, b"")):
+        text += more
+    if text[:1] in b"F\xef":
+        text = text[NO_HEADER_YET.match(text).end() :]
+    while b"\n\n" not in text[-CHUNK - 2 :] and len(text) <= HEADER_LIMIT and (more := next(chunks, b"")):
+        text += more
+    if text[:1] == b"\n":
         raise BadMessage("begins with an empty line")
     header, gap, body = text.partition(b"\n\n")
     if len(header) > HEADER_LIMIT:
@@ -485,32 +487,32 @@ def split_header(chunks):
     return header.rstrip(b"\n"), gap[1:] + body
 
 
-def joined_until(end, text, chunks):
-    """text and so many of the chunks that end is in it, or that it is too long for a header."""
-    while end not in text[-CHUNK - 2 :] and len(text) <= HEADER_LIMIT and (more := next(chunks, b"")):
-        text += more
-    return text
-
-
 def address_fields(header):
     """(lower-case name, value) of each From, To, Cc and Bcc; of the topmost Resent fields if any names a recipient.
 
-    Raises BadMessage for a line that is no field, in the original's words.
+    A value is unfolded (RFC 5322 2.2.3). Raises BadMessage for a line that is no field, in the original's words.
     """
-    if not header:
-        return []
     lines = b"\n" + header
-    if wrong := NO_FIELD.search(lines):
+    if header and (wrong := NO_FIELD.search(lines)):
         line = wrong[0][1:81].decode("utf-8", "replace")
         raise BadMessage(f"malformed MIME header: missing colon: {shown(line)}")
-    fields = [(match[1].lower().decode(), unfolded(match[2])) for match in ADDRESS_FIELD.finditer(lines)]
-    return resent_fields(lines) if any(name.startswith("resent-") for name, _ in fields) else fields
+    fields = values_of(ADDRESS_FIELD, lines)
+    return resent_fields(lines) if b"\nresent-" in lines.lower() else fields
+
+
+def values_of(pattern, lines):
+    return [
+        (name.decode().lower(), value.replace(b"\n", b"").decode("utf-8", "surrogateescape").strip())
+        for name, value in pattern.findall(lines)
+    ]
 
 
 def resent_fields(lines):
-    """The topmost block of Resent fields, by the names that they stand for; From where it has none (RFC 5322 3.6.6)."""
-    fields = [(match[1].lower().decode(), unfolded(match[2])) for match in FIELD.finditer(lines)]
-    of_block = itertools.dropwhile(lambda field: not field[0].startswith("resent-"), fields)
+    """The topmost block of Resent fields, if one of them names a recipient (RFC 5322 3.6.6); else the other fields."""
+    others = [field for field in values_of(ADDRESS_FIELD, lines) if not field[0].startswith("resent-")]
+    if not RESENT_TO_FIELD.search(lines):
+        return others
+    of_block = itertools.dropwhile(lambda field: not field[0].startswith("resent-"), values_of(FIELD, lines))
     block = {}
     for name, value in itertools.takewhile(lambda field: field[0].startswith("resent-"), of_block):
         if name in block and name in RESENT_TO:
@@ -519,17 +521,12 @@ def resent_fields(lines):
             break
         block[name] = value
     found = [(name, block[name]) for name in ("resent-sender", "resent-from", *RESENT_TO) if name in block]
-    return found + [field for field in fields if field[0] == "from"]
-
-
-def unfolded(value):
-    """A field's value (RFC 5322 2.2.3), as text."""
-    return value.replace(b"\n", b"").decode("utf-8", "surrogateescape").strip()
+    return found + [field for field in others if field[0] == "from"]
 
 
 def without_bcc(header):
     """The header that is sent: every field as it is, but for Bcc and Resent-Bcc."""
-    kept = BCC.sub(b"", b"\n" + header)[1:]
+    kept = BCC.sub(b"", b"\n" + header)[1:] if b"bcc" in header.lower() else header
     return kept and kept + b"\n"
 
 
@@ -558,7 +555,7 @@ def parse_addresses(text):
 def plain_address(text):
     """The address, if there is nothing else but a plain name: nearly always, and in a twentieth of the time."""
     plain = PLAIN_MAILBOX.fullmatch(text)
-    return plain[2] if plain and "=?" not in text else ""
+    return plain[2] if plain and "=?" not in text and len(plain[2]) <= ADDRESS_LIMIT else ""
 
 
 def items_of(text):
@@ -672,7 +669,7 @@ def shown(text):
 
 
 def unique(addresses, seen):
-    """Addresses that are not in seen yet; the domain's letter case makes no difference."""
+    """Addresses that are not in seen yet, which grows; the domain's letter case makes no difference."""
     first = []
     for address in addresses:
         local, at, domain = address.rpartition("@")
@@ -754,27 +751,23 @@ class Message:
     the content when it is small enough to be held in memory, else None.
     """
 
-    __slots__ = ("file", "_size", "from_field", "sender", "recipients", "whole")
+    __slots__ = ("file", "size", "from_field", "sender", "recipients", "whole")
 
     def __init__(self, file, size):
-        self.file, self._size = file, size
+        self.file = file
         chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
         header, rest = split_header(chunks)
         fields = address_fields(header)
         self.from_field, self.sender = parse_sender(fields)
         self.recipients = parse_recipients(fields)
         self.whole = None if size >= CHUNK else with_crlf(without_bcc(header) + rest)
-
-    @property
-    def size(self):
-        """Octets to declare by SIZE (RFC 1870): exact when whole, else the file's."""
-        return self._size if self.whole is None else len(self.whole)
+        self.size = size if self.whole is None else len(self.whole)  # octets to declare (RFC 1870)
 
     def is_unchanged(self):
         """Whether the file still says what it said, if it is held whole."""
         self.file.seek(0)
         try:
-            again = Message(self.file, self._size)
+            again = Message(self.file, os.fstat(self.file.fileno()).st_size)
         except BadMessage:
             return False
         return (again.whole, again.sender, again.recipients) == (self.whole, self.sender, self.recipients)
@@ -800,7 +793,7 @@ def whole_text(file, size):
     text = file.read(size + 1)
     while len(text) != size and (more := file.read(CHUNK)):  # it changes: what is sent must be whole all the same
         text += more
-    return with_lf(text)
+    return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
 
 def with_crlf(text):
@@ -813,27 +806,25 @@ def parse_sender(fields):
 
     Raises BadMessage when there is only something else.
     """
-    name, text = next((field for field in fields if field[0] in SENDERS), ("", ""))
-    with naming(name):
+    for field in fields:
+        if field[0] in SENDERS:
+            name, text = field
+            break
+    else:
+        return "", ""
+    if plain := plain_address(text):
+        return text, plain
+    try:
         sender = first_address(text)
         if len(sender.encode()) > ADDRESS_LIMIT:
             raise BadMessage(f"{TOO_LONG}: {shown(sender)}")
-    return text, sender
-
-
-@contextlib.contextmanager
-def naming(name):
-    """Put the field's name before what is wrong with its value."""
-    try:
-        yield
     except BadMessage as error:
         raise BadMessage(f'"{name.title()}" header: {error}') from None
+    return text, sender
 
 
 def first_address(text):
     """The address of the first item that has one; "" if there is nothing, or an empty one. Raises BadMessage."""
-    if plain := plain_address(text):
-        return plain
     failure = None
     for item, cover in items_of(text):
         start, end = span_of_address(cover)
@@ -850,12 +841,17 @@ def first_address(text):
 
 def parse_recipients(fields):
     """A dict of the addresses in To, Cc and Bcc; an address stands in the first of them only. Raises BadMessage."""
-    found, seen = {"to": [], "cc": [], "bcc": []}, set()
+    found, count = {"To": [], "Cc": [], "Bcc": []}, 0
     for name, text in fields:
-        if (key := name.rpartition("-")[2]) in found:
-            with naming(name):
-                found[key] += parse_addresses(text)
-    return {key: unique(found[key.lower()], seen) for key in FIELDS}
+        try:
+            if name not in SENDERS:
+                addresses = parse_addresses(text)
+                found[name.rpartition("-")[2].title()] += addresses
+                count += len(addresses)
+        except BadMessage as error:
+            raise BadMessage(f'"{name.title()}" header: {error}') from None
+    seen = set()
+    return {key: unique(addresses, seen) for key, addresses in found.items()} if count > 1 else found
 
 
 def dot_stuffed(chunks):

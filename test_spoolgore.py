@@ -1534,14 +1534,14 @@ def test_no_address_injects_anything_into_the_dialogue(scripted, extensions):
     parameters = rb"( BODY=8BITMIME)?( SMTPUTF8)?" if "SMTPUTF8" in extensions else rb""
 
     @EXAMPLES
-    @given(HOSTILE_TEXT, HOSTILE_TEXT, HOSTILE_TEXT)
+    @given(*[HOSTILE_TEXT | st.just("a@x.org, b@y.org")] * 3)
     @example("a@x.org", 'b@x\uff1e.org, c@x\uff1e\u00a8notify=never.org, "d\uff1e"@\u00fc.org', "e@x.org")
     def check(sender, to, bcc):
         data = f"From: {sender}\nTo: {to}\nBcc: {bcc}\n\nHello.\n".encode("utf-8", "surrogateescape")
         try:
             message = read_message(data)
         except spoolgore.BadMessage:
-            return assume(False)
+            return None
         found = [address for addresses in message.recipients.values() for address in addresses]
         addresses = [address for address in found if not spoolgore.address_problem(address)]
         before = len(commands)
@@ -3926,7 +3926,7 @@ def test_a_name_that_is_used_again_keeps_its_recipients_and_says_so(spool, relay
     relay.recorder.rcpt_replies = {"a@x.org": "451 4.3.0 later"}
     daemon = start("-smtpaddr", relay.address)
     put(spool, "m1", mail("a@x.org"))
-    daemon.wait_for("SMTP error, mail to a@x.org")
+    daemon.wait_for_recipient("m1", "a@x.org", Attempts=1)
     put(spool, "m1", mail("a@x.org", Cc="b@x.org, c@x.org"))
     for count in (2, 3):
         daemon.send("SIGURG")
@@ -7669,8 +7669,8 @@ def under_way(daemon):
 
 
 def test_nothing_is_lost_when_the_daemon_is_killed_again_and_again(spool, start):
-    """500 mails, 50 kills. A recipient gets a mail twice only if its transaction was under way at a kill."""
-    kills, concurrency, seed = 50, 4, int(os.environ.get("SEED") or random.randrange(2**32))
+    """500 mails, 25 kills. A recipient gets a mail twice only if its transaction was under way at a kill."""
+    kills, concurrency, seed = 25, 4, int(os.environ.get("SEED") or random.randrange(2**32))
     print(f"seed {seed}")
     chance = random.Random(seed)
     mails = {f"m{n}": [f"r{k}.m{n}@x.org" for k in range(chance.randint(1, 5))] for n in range(500)}
