@@ -100,6 +100,7 @@ import math
 import operator
 import os
 import re
+import select
 import shutil
 import signal
 import smtplib
@@ -120,6 +121,7 @@ import docopt
 import gevent
 import gevent.event
 import gevent.lock
+import gevent.monkey
 import gevent.pool
 import gevent.socket
 from gevent import subprocess
@@ -878,8 +880,10 @@ MOVES = {
     (GIVEN_UP, WAITING),  # its file was moved back from .failed
 }
 STATUS_NUMBERS = {WAITING: 0, IN_FLIGHT: 1, DELIVERED: 2, GIVEN_UP: 2}
+MOVES_BY_NUMBER = {(STATUS_NUMBERS[before], after) for before, after in MOVES if before != GIVEN_UP}
 FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
+ADDRESS, STATUS = operator.itemgetter("Address"), operator.itemgetter("Status")
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
 
@@ -910,8 +914,8 @@ def new_envelope(message, now):
     sender = message.from_field.encode("utf-8", "replace").decode() if message else ""
     moment, entry = format_time(now), {"From": sender}
     for key in FIELDS:
-        addresses = message.recipients[key] if message else ()
-        entry[key] = [
+        addresses = message.recipients[key] if message else []
+        entry[key] = addresses and [
             {"Address": address, "Status": 0, "Attempts": 0, "NextAttempt": moment, "Error": ""}
             for address in addresses
         ]
@@ -976,7 +980,7 @@ def next_attempt(envelope):
 
 def move(recipient, target, error=""):
     """Take a recipient to another state. Raises ValueError for a move that the state diagram has not."""
-    if (state(recipient), target) not in MOVES:
+    if (recipient["Status"], target) not in MOVES_BY_NUMBER and (state(recipient), target) not in MOVES:
         raise ValueError(f"{recipient['Address']} is {state(recipient)} and cannot become {target}")
     recipient["Status"], recipient["Error"] = STATUS_NUMBERS[target], error
 
@@ -1190,7 +1194,8 @@ class Queue:
         other = self.known.get(identity[:2], mail)
         if other is not mail and (other.state == FLYING or other.identity == identity):
             return other
-        self.forget(mail)
+        if mail.identity:
+            self.forget(mail)
         mail.identity = identity
         self.known[identity[:2]] = mail
         return mail
@@ -1987,6 +1992,8 @@ EXTENSIONS = ("CHUNKING", "PIPELINING")
 # What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
 # may still act on what it was sent.
 GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+# Paths, a line each, that stand in MAIL and RCPT as they are.
+PLAIN_PATHS = re.compile(rf"(?:(?:{PLAIN.pattern})?\n)+", re.ASCII)
 
 
 class Reply(NamedTuple):
@@ -2024,6 +2031,9 @@ def readable(data):
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
 
 
+IS_OK = operator.attrgetter("ok")
+
+
 class Offers(NamedTuple):
     """What a relay offers in its reply to EHLO, as a transaction needs it."""
 
@@ -2042,6 +2052,7 @@ class Connection:
 
     def __init__(self, sock, address, timeout):
         self.sock, self.address, self.seconds = sock, address, timeout
+        self.encrypted = False
         self.offers = Offers()
         self.shunned = {}  # extension -> until when it is not used; all connections of a relay share it
         self.most_lines = EHLO_LINES
@@ -2049,11 +2060,8 @@ class Connection:
         self.broken = ""  # why it cannot be used any more
         self.uses = 0
         self.deadline, self.watched, self.expired = math.inf, False, False
+        self.quiet = None  # whose poll(0) tells that nothing has come
         self.born = self.used = self.heard = time.monotonic()
-
-    @property
-    def encrypted(self):
-        return isinstance(self.sock, ssl.SSLSocket)
 
     def spoil(self, reason):
         """It is not used again after this."""
@@ -2068,17 +2076,15 @@ class Connection:
         """From now on somebody looks at the deadline and calls expire(): a timer for each wait costs more than it."""
         self.watched, self.most_lines = True, REPLY_LINES
         self.sock.settimeout(None)
+        if hasattr(select, "poll"):  # not on Windows
+            self.quiet = gevent.monkey.get_original("select", "poll")()
+            self.quiet.register(self.sock, select.POLLIN)
 
     def expire(self):
         """Wake whoever waits for the relay: it takes too long."""
         self.expired = True
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's would break the reader's object
-
-    def _allow(self, seconds):
-        self.deadline = time.monotonic() + seconds
-        if not self.watched:
-            self.sock.settimeout(seconds)
 
     def _is_late(self, error):
         return self.expired or isinstance(error, socket.timeout)
@@ -2089,7 +2095,9 @@ class Connection:
         """Write commands or content; all of it must be taken within the time limit. Raises RelayError, OSError."""
         if self.buffer:  # whatever it means, the next reply would be taken for that to this
             raise Surplus(f"{SURPLUS}: {readable(self.buffer[:80])}")
-        self._allow(self.seconds)
+        self.deadline = time.monotonic() + self.seconds
+        if not self.watched:
+            self.sock.settimeout(self.seconds)
         try:
             sent = self.sock.send(data)  # nearly always all of it
             if sent < len(data):
@@ -2125,7 +2133,7 @@ class Connection:
 
     def _await_reply(self, seconds):
         """The match of a whole reply, which is not in the buffer yet."""
-        self._allow(seconds)
+        self.deadline = time.monotonic() + seconds
         while not (match := REPLY.match(self.buffer)):
             if self.buffer and (len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer)):
                 raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
@@ -2158,6 +2166,8 @@ class Connection:
         """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
         if time.monotonic() - self.born > CONNECTION_SECONDS:
             return False
+        if self.quiet and not self.quiet.poll(0) and not (self.encrypted and self.sock.pending()):
+            return True
         try:
             self.sock.settimeout(0)
             self.buffer += self.sock.recv(4096)  # anything at all that comes here is the end: 421, or nothing
@@ -2170,9 +2180,6 @@ class Connection:
         if surplus := self.surplus():
             self.shun(EXTENSIONS, f"{SURPLUS}, maybe of the mail before: {surplus[0]}")
         return False
-
-    def may_use(self, extension):
-        return not self.shunned or self.shunned.get(extension, 0) < time.monotonic()
 
     def shun(self, extensions, reason):
         """Do not use these any more with this relay. reason: what went wrong."""
@@ -2197,6 +2204,10 @@ class Connection:
                 self.send(b"QUIT\r\n")
                 self.reply()
         self.close()
+
+
+def is_over(greenlet):
+    return greenlet is None or greenlet.dead
 
 
 # -- opening a connection
@@ -2285,7 +2296,7 @@ class Opening(smtplib.SMTP):
     def offers(self):
         size = " SIZE={}" if self.has_extn("size") else ""
         body = " BODY=8BITMIME" if self.has_extn("8bitmime") else ""
-        names = (self.has_extn(name) for name in ("pipelining", "chunking", "smtputf8"))
+        names = map(self.has_extn, ("pipelining", "chunking", "smtputf8"))
         return Offers(*names, int_or_zero(self.esmtp_features.get("size")), f"{size}{body}")
 
 
@@ -2321,22 +2332,33 @@ class Transaction:
         self.surplus = []  # replies that came after it
         self.complete = False  # the relay may have the whole content
         self.error = None  # what the connection was lost by
-        self.chunked = connection.offers.chunking and message.whole is not None and connection.may_use("CHUNKING")
-        self.pipelined = connection.offers.pipelining and connection.may_use("PIPELINING")
-        self.carefully = carefully or connection.idle_for() > FRESH_SECONDS
+        self.plain = PLAIN_PATHS.fullmatch("\n".join([sender, *addresses, ""]))
+        self.chunked = connection.offers.chunking and message.whole is not None and "CHUNKING" not in connection.shunned
+        self.pipelined = connection.offers.pipelining and "PIPELINING" not in connection.shunned
+        self.carefully = carefully or time.monotonic() - connection.used > FRESH_SECONDS
 
     def run(self):
         """A dict from address to Outcome. Raises Repeat."""
-        refusals = self._local_refusals()
-        self.addresses = [address for address in self.addresses if address not in refusals]
+        refusals = {}
+        if not self.plain or self.message.size > self.connection.offers.limit > 0:
+            refusals = self._local_refusals()
+            self.addresses = [address for address in self.addresses if address not in refusals]
         if self.addresses:
             try:
                 self._converse()
             except OSError as error:
                 self.error = error
                 self.connection.spoil(describe(error))
-            self._judge()
+        if self.all_went_well():
+            taken = Outcome(Verdict.DELIVERED, f"{self.final.code} {self.final.text}")
+            return {**refusals, **dict.fromkeys(self.addresses, taken)}
+        self._judge()
         return {**refusals, **dict(zip(self.addresses, self._outcomes()))}
+
+    def all_went_well(self):
+        asked = self.replies[: len(self.addresses) + 1]
+        is_taken = self.final and self.final.ok and self.complete and not (self.surplus or self.error)
+        return bool(is_taken) and all(map(IS_OK, asked))
 
     # -- before anything is sent
 
@@ -2346,8 +2368,6 @@ class Transaction:
         if self.message.size > limit > 0:
             text = f"552 5.3.4 not sent: {self.message.size} octets are over the relay's limit of {limit}"
             return dict.fromkeys(self.addresses, Outcome(Verdict.REFUSED, text))
-        if "".join([self.sender, *self.addresses]).isascii():
-            return {}
         problems = {address: self._unspeakable(address) for address in self.addresses}
         if problem := self._unspeakable(self.sender):
             problems = dict.fromkeys(self.addresses, f"the sender {problem}")
@@ -2366,28 +2386,27 @@ class Transaction:
     # -- the conversation
 
     def _converse(self):
-        commands, opening = self._envelope_commands(), self._opening()
+        commands = self._commands()
         if self.pipelined and not (self.chunked and self.carefully):
-            self._ask([*commands, opening])
-        else:
             self._ask(commands)
+        else:
+            self._ask(commands[:-1])
             if self._accepted() and not self.connection.broken:
-                self._ask([opening])
+                self._ask(commands[-1:])
         self._content()
         if not (self.final and self.final.ok) and not self.connection.broken:
             self._reset()
 
-    def _envelope_commands(self):
-        wires = [wire_address(address) for address in [self.sender, *self.addresses]]
-        utf8 = "" if "".join(wires).isascii() else " SMTPUTF8"
-        mail = f"MAIL FROM:<{wires[0]}>{self.connection.offers.parameters.format(self.message.size)}{utf8}\r\n"
-        return [mail.encode(), *[f"RCPT TO:<{wire}>\r\n".encode() for wire in wires[1:]]]
-
-    def _opening(self):
-        """What follows the last RCPT: DATA, or BDAT with the content."""
-        if not self.chunked:
-            return b"DATA\r\n"
-        return b"BDAT %d LAST\r\n" % len(self.message.whole) + self.message.whole
+    def _commands(self):
+        """MAIL, each RCPT, and DATA, or BDAT with the content."""
+        addresses = [self.sender, *self.addresses]
+        sender, *wires = addresses if self.plain else map(wire_address, addresses)
+        utf8 = "" if sender.isascii() and all(map(str.isascii, wires)) else " SMTPUTF8"
+        mail = f"MAIL FROM:<{sender}>{self.connection.offers.parameters.format(self.message.size)}{utf8}\r\n"
+        whole, opening = self.message.whole, b"DATA\r\n"
+        if self.chunked:
+            opening = b"BDAT %d LAST\r\n%b" % (len(whole), whole)
+        return [*map(str.encode, [mail, *map("RCPT TO:<{}>\r\n".format, wires)]), opening]
 
     def _ask(self, commands):
         """Send commands, and read their replies; without PIPELINING one by one, while it makes sense."""
@@ -2401,10 +2420,9 @@ class Transaction:
             self.connection.read_replies(self.replies, len(self.replies) + len(group), seconds)
 
     def _accepted(self):
-        """The addresses whose RCPT was accepted."""
-        if not (self.replies and self.replies[0].ok):
-            return []
-        return [address for address, reply in zip(self.addresses, self.replies[1:]) if reply.ok]
+        """How many of the RCPTs were accepted; none, when MAIL was not."""
+        is_open = self.replies and self.replies[0].ok
+        return sum(map(IS_OK, self.replies[1 : len(self.addresses) + 1])) if is_open else 0
 
     @property
     def opened(self):
@@ -2422,11 +2440,18 @@ class Transaction:
             self._send_content()
             self._conclude(self.connection.reply(FINAL_REPLY_SECONDS))
 
+    def _chunks(self, wanted):
+        """The content as DATA wants it."""
+        if not wanted:
+            return [b".\r\n"]
+        if self.message.whole is None:
+            return itertools.chain(dot_stuffed(self.message.content()), [b".\r\n"])
+        return [(b"\r\n" + self.message.whole).replace(b"\r\n.", b"\r\n..")[2:] + b".\r\n"]
+
     def _send_content(self):
         wanted = bool(self._accepted())
-        content = itertools.chain(dot_stuffed(self.message.content()) if wanted else (), [b".\r\n"])
         try:
-            for number, chunk in enumerate(content if self.message.whole is None else [b"".join(content)]):
+            for number, chunk in enumerate(self._chunks(wanted)):
                 if number:  # a relay that takes all at once gets one chunk a turn: the others have theirs
                     gevent.sleep(0)
                 self.connection.send(chunk)
@@ -2438,8 +2463,9 @@ class Transaction:
 
     def _conclude(self, final):
         """The reply to the content, and what came behind it: then it may be that to an earlier command."""
-        self.final, self.surplus = final, self.connection.surplus()
-        if self.surplus:
+        self.final = final
+        if self.connection.buffer and (surplus := self.connection.surplus()):
+            self.surplus = surplus
             self.connection.spoil(SURPLUS)
 
     def _reset(self):
@@ -2572,6 +2598,7 @@ class Security:
         name = self.name or ascii_domain(connection.address.host).rstrip(".")
         with limited(connection.seconds, "timed out in the TLS handshake"):
             connection.sock = self.context.wrap_socket(connection.sock, server_hostname=name)
+        connection.encrypted = True
 
     # -- login
 
@@ -2741,9 +2768,10 @@ class Relay:
         self.shunned = {}  # extension -> until when it is not used; it went wrong
         self._waiting = deque()  # an Event for each greenlet that wants a connection
         self._probe_now = gevent.event.Event()
-        self._background = gevent.pool.Group()  # probing, looking after the connections
+        self._prober = self._attender = None
+        self._login_refused = self._retired = False
         self._goodbyes = gevent.pool.Group()
-        self._attended = False
+        self.on_change = lambda: None  # called when down has another value
 
     def send(self, sender, addresses, message):
         """One transaction; returns a dict from address to Outcome. Raises RelayDown when there is no connection."""
@@ -2763,12 +2791,23 @@ class Relay:
 
     def retire(self):
         """No new connections from now on."""
-        self.down = self.down or "the daemon is stopping"
+        self._retired = True
+        self._set_down(self.down or "the daemon is stopping")
         self._wake(len(self._waiting))
+
+    def tend(self):
+        """Whoever looks after the connections, or waits for the relay while it is down, is there; again, if he died.
+        What went wrong with the relay long ago is forgotten."""
+        if self.established and is_over(self._attender):
+            self._attender = gevent.spawn(self._attend)
+        if self.down and not self._retired and is_over(self._prober):
+            self._prober = gevent.spawn(self._probe)
+        for extension in [each for each, until in self.shunned.items() if until < time.monotonic()]:
+            del self.shunned[extension]
 
     def close(self):
         """QUIT all that is idle."""
-        self._background.kill()
+        gevent.killall([each for each in (self._attender, self._prober) if each])
         while self.idle:
             self._discard(self.idle.pop())
         self._goodbyes.join(timeout=2)
@@ -2817,9 +2856,8 @@ class Relay:
     def _establish(self, connection):
         connection.shunned = self.shunned
         connection.watch()
-        if not self._attended:
-            self._attended = True
-            self._background.spawn(self._attend)
+        self.in_use.add(connection)
+        self.tend()
         return connection
 
     def _dial_failed(self, error):
@@ -2850,8 +2888,9 @@ class Relay:
         self.in_use.discard(connection)
         if connection.broken:
             self._discard(connection)
-        else:
-            self.idle.append(connection)
+            return
+        self.idle.append(connection)
+        if self._waiting:
             self._wake(1)
 
     def _discard(self, connection):
@@ -2863,48 +2902,49 @@ class Relay:
 
     def _attend(self):
         """End what takes too long, close what is idle for long; until there are no connections."""
-        try:
-            while self.established:
-                gevent.sleep(ATTEND_SECONDS)
-                now = time.monotonic()
-                for connection in [connection for connection in self.in_use if connection.deadline < now]:
-                    connection.expire()
-                while self.idle and self.idle[0].idle_for() >= IDLE_SECONDS:
-                    self._discard(self.idle.pop(0))
-        finally:
-            self._attended = False
+        while self.established:
+            gevent.sleep(ATTEND_SECONDS)
+            now = time.monotonic()
+            for connection in [connection for connection in self.in_use if connection.deadline < now]:
+                connection.expire()
+            while self.idle and self.idle[0].idle_for() >= IDLE_SECONDS:
+                self._discard(self.idle.pop(0))
 
     # -- down and up
 
     def _go_down(self, error):
         self._say_down(error)
         self._wake(len(self._waiting))
-        self._background.spawn(self._probe, isinstance(error, LoginRefused))
+        self.tend()
 
     def _say_down(self, error):
+        self._login_refused = isinstance(error, LoginRefused)
         text = f"{self.name}: {describe(error)}"
         if text != self.down:
-            self.down = text
+            self._set_down(text)
             log(f"relay unavailable, {self.down}")
 
-    def _probe(self, login_refused):
+    def _set_down(self, reason):
+        self.down = reason
+        self.on_change()
+
+    def _probe(self):
         """Dial now and then until the relay answers."""
         failures = 0
         while self.down:
             self._probe_now.clear()
-            self._probe_now.wait(probe_delay(failures, login_refused))
+            self._probe_now.wait(probe_delay(failures, self._login_refused))
             failures += 1
             try:
                 connection = self._dial()
             except Exception as error:  # noqa: BLE001
-                login_refused = isinstance(error, LoginRefused)
                 self._say_down(error)
             else:
                 self._came_up(connection)
 
     def _came_up(self, connection):
         log(f"relay available again, {self.name}")
-        self.down = ""
+        self._set_down("")
         self.cap = self.limit
         self.shunned.clear()
         self._release(self._establish(connection))
@@ -2922,19 +2962,27 @@ class Relays:
     """Several relays in order of preference: the first that is not down is used."""
 
     def __init__(self, relays):
-        self.relays = relays
+        self.relays, self.down = relays, ""
+        for relay in relays:
+            relay.on_change = self.note
+        self.note()
 
-    @property
-    def down(self):
-        """Why no relay can be used; empty when one can."""
+    def note(self):
+        """down: why no relay can be used; empty when one can."""
         reasons = [relay.down for relay in self.relays]
-        return "; ".join(reasons) if all(reasons) else ""
+        self.down = "; ".join(reasons) if all(reasons) else ""
 
     def send(self, sender, addresses, message):
         for relay in self.relays:
-            with contextlib.suppress(RelayDown):
+            try:
                 return relay.send(sender, addresses, message)
+            except RelayDown:
+                continue
         raise RelayDown(self.down or "the relays are unavailable")
+
+    def tend(self):
+        for relay in self.relays:
+            relay.tend()
 
     def poke(self):
         for relay in self.relays:
@@ -3364,11 +3412,12 @@ class OutOfTurn(Exception):
 class Delivery:
     """See the head of this section. mail: FLYING; it may turn out to be another one that was renamed."""
 
-    __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "has_landed")
+    __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "is_new", "has_landed")
 
     def __init__(self, spooler, mail):
         self.spooler, self.mail, self.path = spooler, mail, mail.path  # by which the log calls it all the time
-        self.file, self.names, self.has_landed = None, 1, False
+        self.file, self.names = None, 1
+        self.is_new = self.has_landed = False
 
     def run(self):
         try:
@@ -3389,13 +3438,15 @@ class Delivery:
         mail, queue, self.has_landed = self.mail, self.spooler.queue, True
         if self.file:
             self.file.close()
-        self.rest_a_minute()
+        if mail.state == FLYING:
+            self.rest_a_minute()
         if mail.state != LEFT and isinstance(mail.entry, dict):
             interrupted(mail.entry)
             if self.names == 1 and not is_partly_delivered(mail.entry):
                 queue.forget(mail)
             mail.entry = pack(mail.path, mail.entry)
-        queue.began(mail)
+        if queue.taking is mail:
+            queue.began(mail)
         self.spooler.status.wanted.set()
         self.spooler.wake.set()
 
@@ -3492,8 +3543,10 @@ class Delivery:
         """True when there is a message, and somebody to have it."""
         mail = self.mail
         try:
-            self.message = read_message(self.file, self.size)
-            mail.entry = self.envelope()
+            read = Message if self.size < CHUNK else read_large_message
+            self.message = read(self.file, self.size)
+            self.is_new = mail.entry is None
+            mail.entry = new_envelope(self.message, self.spooler.clock()) if self.is_new else self.envelope()
         except BadMessage as error:
             return self.stick(self.shown(f"unable to parse mail file, {error}"))
         except CorruptStatus as error:
@@ -3504,14 +3557,12 @@ class Delivery:
         return True
 
     def envelope(self):
-        """The mail's own entry, to change; a new one if it has none. Raises CorruptStatus."""
-        mail, now = self.mail, self.spooler.clock()
-        if mail.entry is None:
-            return new_envelope(self.message, now)
+        """The mail's own entry, to change. Raises CorruptStatus."""
+        mail = self.mail
         envelope = mail.envelope()
         if problem := envelope_problem(envelope):
             raise CorruptStatus(problem)
-        renew(envelope, self.message, now)
+        renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):
             kept = f"{mail.path} keeps the recipients of the first mail of its name, and not {others}"
             self.spooler.say(f"{mail.path} recipients", kept)
@@ -3524,7 +3575,9 @@ class Delivery:
         mail, spooler, now = self.mail, self.spooler, self.spooler.clock()
         forced, mail.forced = mail.forced, False
         waiting = [recipient for recipient in recipients(mail.entry) if recipient["Status"] == 0]
-        due = deque(waiting if forced else [each for each in waiting if next_attempt_of(each) <= now])
+        if not (forced or self.is_new):
+            waiting = [recipient for recipient in waiting if next_attempt_of(recipient) <= now]
+        due = deque(waiting)
         try:
             self.transact_all(due)
         except RelayDown:
@@ -3591,7 +3644,7 @@ class Delivery:
             turn = self.take_turn(batch) if spooler.options.rate else 0
             for recipient in batch:
                 log(f"{path} sending mail to {recipient['Address']} attempt: {recipient['Attempts']}")
-        addresses = list(dict.fromkeys([recipient["Address"] for recipient in batch]))
+        addresses = list(dict.fromkeys(map(ADDRESS, batch)))
         went_out = True
         try:
             return spooler.relay.send(self.message.sender, addresses, self.message)
@@ -3641,9 +3694,9 @@ class Delivery:
     def settle(self, relay_down=False):
         """What becomes of the mail now: it waits, is put aside, or is done."""
         mail, path = self.mail, self.mail.path
-        while not self.is_settled(relay_down) and self.find():
+        while not (is_settled := self.is_settled(relay_down)) and self.find():
             pass
-        if (mail.path != path or mail.state == LEFT) and look(path):
+        if (mail.path != path or not is_settled) and look(path):
             self.spooler.appeared(path)  # what stands there now is another mail
 
     def is_settled(self, relay_down):
@@ -3670,7 +3723,10 @@ class Delivery:
 
     def links(self):
         """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
-        status = self.spooler.spool.look(self.mail.path)
+        try:
+            status = os.lstat(self.mail.path)
+        except OSError:
+            status = self.spooler.spool.look(self.mail.path)
         return status.st_nlink if status and identity(status) == self.mail.identity else 0
 
     def is_done(self, finish, links):
@@ -3738,10 +3794,10 @@ class Delivery:
         return True
 
 
-def read_message(file, size):
-    """The Message of a file. A large one is read in a thread: a header of some MB takes seconds to parse, in which
-    nobody else would be served. Raises BadMessage, OSError."""
-    return Message(file, size) if size < CHUNK else off_the_hub(Message, file, size)
+def read_large_message(file, size):
+    """The Message of a file, read in a thread: a header of some MB takes seconds to parse, in which nobody else would
+    be served. Raises BadMessage, OSError."""
+    return off_the_hub(Message, file, size)
 
 
 def say_error(path, recipient):
@@ -3852,8 +3908,7 @@ class Spooler:
 
     def keep(self, name, work):
         """Have a greenlet do this for ever: whatever it ends by, it is started again."""
-        greenlet = self.keepers.get(name)
-        if greenlet is None or greenlet.dead:
+        if is_over(self.keepers.get(name)):
             self.keepers[name] = gevent.spawn(self.attempt, name, work)
 
     def attempt(self, name, work):
@@ -4055,6 +4110,7 @@ class Spooler:
             self.say("scan", f"unable to access spool directory, {describe(error)}")
             freq = min(freq, PROBE_SECONDS)  # nothing else tells that it is back
         self.keep("watch", self.watch)
+        self.relay.tend()
         self.rescue()
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
@@ -4146,9 +4202,10 @@ def due_at(mail):
 
 def age_key(path):
     """Sorts files by their age, the oldest first."""
-    with contextlib.suppress(OSError):
-        return modified(path), path
-    return 0.0, path
+    try:
+        return os.lstat(path).st_mtime, path
+    except OSError:
+        return 0.0, path
 
 
 def has_changed(mail):

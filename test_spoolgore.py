@@ -6147,9 +6147,12 @@ def test_what_went_wrong_is_used_again_after_an_hour(monkeypatch):
     monkeypatch.setattr(spoolgore.time, "monotonic", lambda: now[0])
     connection = spoolgore.Connection(None, spoolgore.Address("relay.example.org", 25), 1)
     connection.shun(["CHUNKING"], "BDAT was answered with 500 what?")
-    assert connection.broken and connection.may_use("PIPELINING")
-    for now[0], is_used in [(1001, False), (1000 + 3599, False), (1000 + 3601, True)]:
-        assert connection.may_use("CHUNKING") is is_used
+    relay = spoolgore.Relay("relay", None, 1)
+    relay.shunned = connection.shunned
+    assert connection.broken
+    for now[0], shunned in [(1001, ["CHUNKING"]), (1000 + 3599, ["CHUNKING"]), (1000 + 3601, [])]:
+        relay.tend()
+        assert list(connection.shunned) == shunned
 
 
 def test_a_reply_that_nobody_asked_for_on_an_idle_connection(spool, start, scripted):
