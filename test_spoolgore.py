@@ -4846,6 +4846,260 @@ def state_in(spooler, name):
     return mail and mail.state
 
 
+@contextlib.contextmanager
+def failing(monkeypatch, function, fault, path="", module=os):
+    """Calls of a function of a module (with a path that ends so) fail with an error number, or with what is given."""
+    genuine = getattr(module, function)
+
+    def fails(*arguments, **named):
+        if str(arguments[0] if arguments else "").endswith(path):
+            raise OSError(fault, os.strerror(fault)) if isinstance(fault, int) else fault
+        return genuine(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, function, fails)
+        yield
+
+
+def sent_by(spooler):
+    """The recipients of what a Spooler in this process has printed."""
+    return re.findall(r"RCPT TO:<(.*)>", spooler.relay.stream.getvalue().decode())
+
+
+def aside(status, spool, *recipients):
+    """The mail m1 in .failed; recipients: (address, Status, Error)."""
+    to = [
+        {"Address": a, "Status": s, "Attempts": 1, "NextAttempt": "2026-11-24T06:00:00Z", "Error": e}
+        for a, s, e in recipients
+    ]
+    mail = put_entry(status, str(spool / ".failed" / "m1"), {"From": "", "To": to, "Cc": [], "Bcc": []})
+    status.queue.become(mail, spoolgore.ASIDE)
+    return mail
+
+
+@pytest.mark.parametrize("fault", ["malformed", "EIO", "EMFILE", "ENOMEM", "EACCES", "written"])
+def test_a_mail_that_is_back_from_failed_and_has_to_wait_goes_to_those_who_failed(spool, status, monkeypatch, fault):
+    spooler = spooler_of(spool, status)
+    aside(status, spool, ("a@x.org", 2, ""), ("b@x.org", 2, "550 no"))
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    if fault == "malformed":
+        put(spool, "m1", "To: a@x.org (b@x.org\n\n")
+        handle(spooler, "m1")
+    elif fault == "written":
+        spooler.clock = time.time
+        with (spool / "m1").open("a"):
+            handle(spooler, "m1")
+    else:
+        with failing(monkeypatch, "open", getattr(errno, fault), "m1"):
+            handle(spooler, "m1")
+    assert state_in(spooler, "m1") in (spoolgore.RESTING, spoolgore.STUCK) and sent_by(spooler) == []
+    assert [path for path, mail in status.queue.mails.items() if mail.entry] == [str(spool / "m1")]
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["b@x.org"] and names(spool) == [] and status.queue.mails == {}
+
+
+def test_no_thread_for_a_moment_takes_no_turn_away(spool, status, monkeypatch, logged):
+    """Nothing is sent until a restart, if the turn of a mail that could not begin is lost."""
+    spooler = spooler_of(spool, status, "-rate", "10/h")
+    for name in ("m1", "m2"):
+        put(spool, name, mail(f"{name}@x.org"))
+
+    class NoThreads:
+        def apply(self, function, arguments):
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gevent.get_hub(), "threadpool", NoThreads())
+        spooler.scan()
+        spooler.dispatch()
+        spooler.pool.join()
+    assert status.queue.taking is None and status.queue.counts[spoolgore.FLYING] == 0
+    assert all("Traceback" not in line for line in logged())
+    spooler.queue.flush()
+    for _ in range(2):
+        spooler.queue.release(NOW)
+        spooler.dispatch()
+        spooler.pool.join()
+    assert sorted(sent_by(spooler)) == ["m1@x.org", "m2@x.org"] and names(spool) == []
+
+
+@pytest.mark.parametrize("function", ["listdir", "lstat"])
+@pytest.mark.parametrize("fault", [errno.EACCES, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE])
+def test_a_directory_that_cannot_be_searched_says_nothing_of_what_is_in_it(spool, status, monkeypatch, function, fault):
+    spooler = spooler_of(spool, status)
+    entry = aside(status, spool, ("a@x.org", 2, ""), ("b@x.org", 2, "550 no")).envelope()
+    waiting = put_entry(status, str(spool / "m2"), entry).path
+    (spool / ".failed").mkdir()
+    (spool / ".failed" / "m1").write_text(mail())
+    (spool / "m2").write_text(mail())
+    with failing(monkeypatch, function, fault, ".failed" if function == "listdir" else "m1"):
+        spooler.scan()
+    with failing(monkeypatch, function, fault, "spool" if function == "listdir" else "m2"):
+        spooler.scan()
+    assert status.queue.mails.keys() == {str(spool / ".failed" / "m1"), waiting}
+    (spool / ".failed" / "m1").unlink()
+    (spool / "m2").unlink()
+    spooler.scan()
+    assert status.queue.mails == {}
+
+
+def test_a_lock_that_cannot_be_looked_at_is_kept(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status)
+    handle_before = spooler.spool._lock
+    for function in ("lstat", "fstat"):
+        with failing(
+            monkeypatch, function, errno.EIO, ".spoolgore.lock" if function == "lstat" else str(handle_before)
+        ):
+            spooler.scan()
+    assert spooler.spool._lock == handle_before and not spooler.stopping
+    assert logged() == ["unable to access spool directory, Input/output error"]
+    question = f"import sys, spoolgore; spoolgore.Spool({str(spool)!r}).lock()"
+    second = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert "Locked: spool directory" in second.stderr
+    spooler.scan()
+    assert logged()[1:] == ["spool directory is accessible again"]
+
+
+def test_the_lock_is_ours_also_after_it_was_taken_anew(spool, status):
+    spooler = spooler_of(spool, status)
+    (spool / ".spoolgore.lock").unlink()
+    spooler.scan()
+    question = f"import sys, spoolgore; spoolgore.Spool({str(spool)!r}).lock()"
+    second = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert "Locked: spool directory" in second.stderr and not spooler.stopping
+
+
+@pytest.mark.parametrize("error", [MemoryError(), MemoryError("no stack")])
+def test_no_memory_for_a_greenlet_leaves_its_mail_waiting(spool, status, monkeypatch, error):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    spooler.scan()
+    with failing(monkeypatch, "spawn", error, module=spooler.pool):
+        spooler.dispatch()
+    assert state_in(spooler, "m1") == spoolgore.RESTING and status.queue.counts[spoolgore.FLYING] == 0
+    spooler.queue.release(NOW + 61)
+    spooler.dispatch()
+    spooler.pool.join()
+    assert sent_by(spooler) == ["a@x.org"]
+
+
+def test_whoever_works_for_ever_is_started_again_and_said_once(spool, status, monkeypatch, logged):
+    spooler, begun = spooler_of(spool, status), []
+    monkeypatch.setattr(spoolgore, "QUIET_SECONDS", 0)
+
+    def work():
+        begun.append(1)
+        raise (OSError(errno.EIO, "Input/output error"), ValueError("odd"), MemoryError())[len(begun) // 2 % 3]
+
+    for number in range(1, 3):
+        spooler.keep("somebody", work)
+        gevent.joinall(list(spooler.keepers.values()))
+        assert len(begun) == number
+    assert logged()[0] == "somebody: Input/output error (it is started again)"
+
+
+@pytest.mark.parametrize("fault", [errno.EIO, errno.EBADF, errno.EINVAL])
+def test_a_watch_that_fails_is_set_up_again(spool, status, monkeypatch, fault, logged):
+    spooler = spooler_of(spool, status)
+    monkeypatch.setattr(spoolgore, "QUIET_SECONDS", 0)
+    with failing(monkeypatch, "wait", fault, module=spoolgore.Watch):
+        spooler.keep("watch", spooler.watch)
+        gevent.joinall(list(spooler.keepers.values()))
+    assert logged() == [f"watch: {os.strerror(fault)} (it is started again)"]
+    spooler.scan()
+    gevent.sleep(0)
+    put(spool, "m1", mail())
+    wait_until(lambda: gevent.sleep(0) or state_in(spooler, "m1"))
+    gevent.killall(list(spooler.keepers.values()))
+
+
+def test_who_looks_after_a_relay_is_started_again(scripted):
+    relay = scripted()
+    the_relay = spoolgore.Relay("relay", lambda: connection_to(relay), 1)
+    connection = the_relay._acquire()
+    the_relay._attender.kill()
+    the_relay.tend()
+    assert not the_relay._attender.dead and the_relay._prober is None
+    the_relay._release(connection)
+    the_relay._go_down(ConnectionRefusedError("no"))
+    prober = the_relay._prober
+    prober.kill()
+    assert the_relay.down
+    the_relay.poke()
+    the_relay.tend()
+    wait_until(lambda: gevent.sleep(0) or not the_relay.down)
+    assert the_relay._prober is not prober
+    the_relay.retire()
+    the_relay._prober.join()
+    the_relay.tend()
+    assert the_relay._prober.dead
+    the_relay.close()
+
+
+def test_one_of_two_names_that_cannot_be_looked_at_keeps_both(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status)
+    (spool / "m1").write_text(mail("a@x.org"))
+    os.link(spool / "m1", spool / "m2")
+    with failing(monkeypatch, "lstat", errno.EIO, "m2"):
+        handle(spooler, "m1")
+    assert names(spool) == ["m1", "m2"] and sent_by(spooler) == ["a@x.org"]
+    assert "unable to remove mails that are settled, Input/output error (it is tried again)" in logged()
+    handle(spooler, "m1")
+    assert names(spool) == [] and sent_by(spooler) == ["a@x.org"]
+
+
+def test_what_was_given_up_stays_while_the_status_cannot_be_written(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    spooler.relay.send = lambda sender, addresses, message: dict.fromkeys(addresses, DEFERRED)
+    put(spool, "m1", mail("a@x.org"))
+    saver = gevent.spawn(status.keep_saving)
+    monkeypatch.setattr(spoolgore, "SAVE_SECONDS", 0)
+    with failing(monkeypatch, "write_status", errno.ENOSPC, module=spoolgore):
+        handle(spooler, "m1")
+        assert names(spool) == ["m1"] and not (spool / ".failed").exists()
+    handle(spooler, "m1")
+    saver.kill()
+    assert names(spool) == [] and names(spool / ".failed") == ["m1"]
+
+
+def test_a_status_that_cannot_be_read_at_sighup_stays_as_it_is(spool, status, monkeypatch, logged):
+    """The next write would take the user's edit away."""
+    spooler = spooler_of(spool, status)
+    status.path = str(spool / "status.js")
+    spooler.suspend()
+    write_status(status, {})
+    with failing(monkeypatch, "reload", errno.EIO, module=status):
+        spooler.reload()
+    put_entry(status, str(spool / "m1"), {})
+    status.save()
+    assert spooler.suspended and Path(status.path).read_bytes() == b"{}"
+    assert "status not reloaded, Input/output error" in logged()[1:]
+    spooler.reload()
+    assert not spooler.suspended
+
+
+def test_entries_are_forgotten_after_their_files_are(spool, status, monkeypatch):
+    """A status on another file system must not know sooner than the spool that a mail is gone."""
+    done = []
+    for module, function in ((spoolgore, "sync_directory"), (os, "replace")):
+        genuine = getattr(module, function)
+
+        def noted(*arguments, function=function, genuine=genuine):
+            done.append((function, str(arguments[0])))
+            return genuine(*arguments)
+
+        monkeypatch.setattr(module, function, noted)
+    status.spool = spoolgore.Spool(str(spool))
+    put_entry(status, str(spool / "m1"), {})
+    status.save()
+    assert (function_of := [function for function, _ in done]) == ["replace", "sync_directory"], function_of
+    done.clear()
+    drop_entry(status, str(spool / "m1"))
+    status.save()
+    assert done[0] == ("sync_directory", str(spool)) and done[1][0] == "replace"
+
+
 @pytest.mark.parametrize("asked, suspended", [
     (["suspend"], True),
     (["suspend", "reload"], False),
