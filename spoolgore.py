@@ -889,7 +889,13 @@ RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt":
 
 def format_time(seconds):
     """RFC 3339 text of a time in seconds since 1970."""
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="microseconds")[:26] + "Z"
+    whole = math.floor(seconds)
+    return f"{whole_second(whole)}.{int((seconds - whole) * 1e6):06}Z"
+
+
+@functools.lru_cache(maxsize=16)  # thousands of mails a second
+def whole_second(seconds):
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()[:19]
 
 
 def parse_time(text):
