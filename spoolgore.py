@@ -889,8 +889,8 @@ RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt":
 
 def format_time(seconds):
     """RFC 3339 text of a time in seconds since 1970."""
-    whole = math.floor(seconds)
-    return f"{whole_second(whole)}.{int((seconds - whole) * 1e6):06}Z"
+    whole, microseconds = divmod(round(seconds * 1_000_000), 1_000_000)
+    return f"{whole_second(whole)}.{microseconds:06}Z"
 
 
 @functools.lru_cache(maxsize=16)  # thousands of mails a second
