@@ -219,6 +219,11 @@ def one_line(text):
     return "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
 
 
+def named(path):
+    """A path as the log has it: quoted where it could be taken for more than a path."""
+    return path if path.isprintable() and not re.search('[ "]', path) else json.dumps(path, ensure_ascii=False)
+
+
 def complain(text, status=EX_ERROR):
     """Say it; returns the exit status that goes with it."""
     log(text)
@@ -896,6 +901,7 @@ MOVES = {
 STATUS_NUMBERS = {WAITING: 0, IN_FLIGHT: 1, DELIVERED: 2, GIVEN_UP: 2}
 FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
+MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
 
@@ -1048,6 +1054,8 @@ def recipient_problem(recipient):
         parse_time(recipient["NextAttempt"])
     except ValueError as error:
         return str(error)
+    if not 0 <= recipient["Attempts"] <= MOST_ATTEMPTS:
+        return "a recipient's Attempts are out of range"
     return "" if recipient["Status"] in (0, 1, 2) else "a recipient's Status is not 0, 1 or 2"
 
 
@@ -1377,7 +1385,11 @@ def pieces(text):
 def parsed(text):
     """The JSON object in text. Raises CorruptStatus."""
     try:
-        entries = json.loads(text.decode("utf-8-sig", "replace"))  # some editors begin a file with a byte order mark
+        text = text.decode("utf-8-sig", "replace")  # some editors begin a file with a byte order mark
+        try:
+            entries = json.loads(text)
+        except ValueError:  # maybe only since a number has too many digits for Python: that entry is malformed
+            entries = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else digits)
     except (ValueError, RecursionError) as error:
         raise CorruptStatus(str(error)) from None
     if not isinstance(entries, dict):
@@ -1629,7 +1641,7 @@ def look(path):
     """The status of a path itself (os.lstat); None when it is gone. Raises OSError when that is not to be known."""
     try:
         return os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has such a name: an edit made it
         return None
 
 
@@ -2808,7 +2820,7 @@ def redacted(text, secrets):
     """A relay's error, of which the beginning is kept, without the secrets that it repeats, whole or in part."""
     text = text.encode("utf-8", "replace")[:ERROR_LIMIT].decode("utf-8", "ignore")
     plain, letters = text.translate(LOWER), list(text)
-    for secret in set(secrets):
+    for secret in {*secrets} - {""}:
         size = min(SECRET_PART, len(secret))
         for start in range(len(plain) - size + 1):
             if plain[start : start + size] in secret:
@@ -3054,11 +3066,17 @@ class Printer(Relays):
         lines = [f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{address}>" for address in addresses), ""]
         text = b"".join([*(f"{line}\n".encode() for line in lines), *message.content()])
         try:
-            self.stream.write(text.replace(b"\r\n", b"\n") + b"\n")
+            self.stream.write(self.shown(text.replace(b"\r\n", b"\n")) + b"\n")
             self.stream.flush()
         except OSError as error:
             return dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, describe(error)))
         return dict.fromkeys(addresses, Outcome(Verdict.DELIVERED))
+
+    def shown(self, text):
+        """As it is, but that a mail does not steer a terminal."""
+        if not self.stream.isatty():
+            return text
+        return re.sub(r"[^\n\t]+", lambda part: one_line(part[0]), text.decode("utf-8", "backslashreplace")).encode()
 
 
 def make_relay(options, environ, stream, on_up):
@@ -3214,7 +3232,7 @@ class Turnstile:
 
 def note_of(line):
     """(count, end) of a line; end is None for a begin; None for a line that is corrupt or that a crash cut short."""
-    match = re.fullmatch(r"\+(\d+)\n|-(\d+) (\d+\.\d+)\n", line)
+    match = re.fullmatch(r"\+(\d{1,15})\n|-(\d{1,15}) (\d{1,15}\.\d+)\n", line)
     if not match:
         return None
     return (int(match[1]), None) if match[1] else (int(match[2]), float(match[3]))
@@ -3461,7 +3479,7 @@ class Delivery:
     __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "has_landed")
 
     def __init__(self, spooler, mail):
-        self.spooler, self.mail, self.path = spooler, mail, mail.path  # by which the log calls it all the time
+        self.spooler, self.mail, self.path = spooler, mail, named(mail.path)  # as the log calls it all the time
         self.file, self.names, self.has_landed = None, 1, False
 
     def run(self):
@@ -3609,7 +3627,7 @@ class Delivery:
             raise CorruptStatus(problem)
         renew(envelope, self.message, now)
         if others := unknown_to(envelope, self.message):
-            kept = f"{mail.path} keeps the recipients of the first mail of its name, and not {others}"
+            kept = f"{named(mail.path)} keeps the recipients of the first mail of its name, and not {others}"
             self.spooler.say(f"{mail.path} recipients", kept)
         return envelope
 
@@ -3666,8 +3684,15 @@ class Delivery:
         """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
         for recipient in batch:  # before the turn is written down: an edit that comes meanwhile leaves them alone
             move(recipient, IN_FLIGHT, recipient["Error"])
-        outcomes = self.send(batch)
-        return [recipient for recipient in batch if self.conclude(recipient, *outcomes[recipient["Address"]])]
+        outcomes, again, failure = self.send(batch), [], None
+        for recipient in batch:
+            try:
+                again += [recipient] if self.conclude(recipient, *outcomes[recipient["Address"]]) else []
+            except Exception as error:  # noqa: BLE001 -- what goes wrong with one is no reason to forget the others'
+                failure = error
+        if failure:
+            raise failure
+        return again
 
     def take_turn(self, batch):
         """Raises OutOfTurn, and they wait again, if -rate has no room."""
@@ -3802,7 +3827,7 @@ class Delivery:
         queue.forget(mail)
         queue.rename(mail, aside)
         queue.become(mail, ASIDE)
-        log(f"{path} moved to {aside}")
+        log(f"{named(path)} moved to {named(aside)}")
         try:
             off_the_hub(spool.sync)
         except OSError as error:
