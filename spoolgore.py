@@ -2577,7 +2577,7 @@ class Security:
         self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
         self._password, self._fallback = passwords(options, environ, self.cram_only)
         self._output = None  # of the password command
-        self.secrets = ()  # what every connection redacts
+        self.secrets = ()  # of the latest login: the next connection redacts them from the start
         self._helo = options.helo
         self._options = options
         if options.tlsca or options.tlscert:
@@ -2626,6 +2626,7 @@ class Security:
         if not self.user:
             return
         *others, last = self._mechanisms(opening)
+        opening.connection.secrets = ()
         for mechanism in others:
             with contextlib.suppress(MechanismRefused):  # offered, and not known all the same
                 return self._log_in(opening, mechanism)
@@ -2665,11 +2666,13 @@ class Security:
 
     def _authenticate(self, opening, mechanism):
         password, connection = self.password(), opening.connection
-        self.secrets = secrets_of(password)
-        connection.secrets += self.secrets
+        connection.secrets += secrets_of(password)
         connection.is_mute = True
-        authenticate(opening, mechanism, self.user, password)
-        connection.is_mute = False
+        try:
+            authenticate(opening, mechanism, self.user, password)
+            connection.is_mute = False
+        finally:
+            self.secrets = connection.secrets
 
     def password(self):
         """The password or token: by a flag, else by the command, else by the environment. The command is asked at the
@@ -2799,7 +2802,6 @@ def decoded(challenge):
         return b""
 
 
-SECRET_PART = 6  # so many letters in a row of a secret are one
 LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}  # which leaves the length as it is
 
 
@@ -2821,7 +2823,7 @@ def redacted(text, secrets):
     text = text.encode("utf-8", "replace")[:ERROR_LIMIT].decode("utf-8", "ignore")
     plain, letters = text.translate(LOWER), list(text)
     for secret in {*secrets} - {""}:
-        size = min(SECRET_PART, len(secret))
+        size = min(len(secret), sorted((4, len(secret) // 2, 6))[1])  # so much of it in a row is secret, too
         for start in range(len(plain) - size + 1):
             if plain[start : start + size] in secret:
                 letters[start : start + size] = "\0" * size

@@ -3985,7 +3985,7 @@ def test_fail5xx_is_not_for_what_is_the_relays_own(spool, scripted, run, stage):
     assert daemon.status_code == 75 and names(spool) == ["m1"] and given_up(spool) == []
     recipient = daemon.recipients("m1")["a@x.org"]
     assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
-    assert recipient["Error"].endswith("5.7.0 go away")
+    assert recipient["Error"].endswith("5.7.0 go away" if stage != "AUTH" else "5.7.0 in reply to AUTH PLAIN")
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -5028,7 +5028,7 @@ def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, star
     for line in daemon.log.items:
         moment = time.strptime(line[:20], "%Y/%m/%d %H:%M:%S ")
         assert abs(time.mktime(moment) - time.time()) < 3600
-    m1, other = f"{spool}/m1", f"{spool}/line break"
+    m1, other = f"{spool}/m1", f'"{spool}/line\\\\nbreak"'
     expected = [
         f"--- starting Spoolgore (pid: {daemon.process.pid}) on directory {spool} ---",
         f"{m1} sending mail to a@x.org attempt: 0",
@@ -5555,7 +5555,7 @@ def test_a_refused_login_is_tried_once_and_not_for_each_mail(spool, scripted, st
     for number in range(100):
         put(spool, f"m{number}", mail())
     daemon = start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", "old", "-concurrency", 20)
-    error = f"{relay.address}: 535 5.7.8 no"
+    error = f"{relay.address}: 535 5.7.8 in reply to AUTH PLAIN"
     daemon.wait_for(f"relay unavailable, {error}")
     wait_until(lambda: [e["To"][0]["Error"] for e in daemon.status().values()] == [error] * 100)
     assert len(relay.connections.items) == 1
@@ -6977,10 +6977,10 @@ def test_plain_that_is_offered_and_not_known(scripted, code):
     }
     environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret"}
     if code == 535:
-        with pytest.raises(spoolgore.LoginRefused, match="535 5.5.4 what?"):
+        with pytest.raises(spoolgore.LoginRefused, match="^535 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", environ=environ)
     else:
-        with pytest.raises(spoolgore.LoginRefused, match=f"{code} 5.5.4 what?"):
+        with pytest.raises(spoolgore.LoginRefused, match=f"^{code} 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", "-smtpauth", "plain", environ=environ)
         answers = iter([b"%d 5.5.4 what?\r\n" % code, b"334 VXNlcm5hbWU6\r\n"])
         dial(relay.address, "-smtpuser", "app", environ=environ).close()
@@ -7017,7 +7017,10 @@ def test_a_password_stays_here_without_tls(spool, run, scripted):
     for mechanism in ("", "xoauth2"):
         assert_relay_at_fault(run(*flags, "-smtpauth", mechanism), "unencrypted connection")
     assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
-    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "535 5.7.8 no")  # this one does not send it
+    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "CRAM-MD5 is done in the clear with -tls off only")
+    assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
+    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5", "-tls", "off"), "535 5.7.8 in reply to AUTH CRAM-MD5")
+    assert_relay_at_fault(run(*flags, "-tls", "off"), "unencrypted connection")
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2"])
@@ -7134,11 +7137,98 @@ def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, len
 
     said, secret = [], "ya29.a-token_that-is-long-enough-to-be-cut-and-is-secret-all-the-same"
     relay = scripted([f"AUTH {mechanism.upper()}"], serve=serve)
-    with pytest.raises(spoolgore.LoginRefused) as refusal:
+    with pytest.raises(spoolgore.LoginRefused, match=f"^535 5.7.8 in reply to AUTH {mechanism.upper()}$"):
         dial(relay.address, "-smtpuser", "app", "-smtpauth", mechanism, "-smtppassword", secret)
-    shown = str(refusal.value)
-    assert shown.startswith("535 5.7.8 bad: ") and shown.endswith("5.7.8 of ***")
-    assert not [sent for sent in (secret, *b" ".join(said).decode().split()) if len(sent) > 10 and sent[:20] in shown]
+
+
+@pytest.mark.parametrize(
+    "reply, text",
+    [
+        (b"s3cret-word in no reply\r\n", "^not an SMTP reply: ...$"),
+        (b"535-5.7.8 s3cret-word\r\n" * 300, "^a reply of more than 250 lines: ...$"),
+        (b"535 5.s3cret-word\r\n", "^535 in reply to AUTH PLAIN$"),
+        (b"334 \r\n250 s3cret-word\r\n", "^the relay said more than it was asked for: ...$"),
+        (b"421 4.3.2 s3cret-word\r\n", "^421 4.3.2 in reply to AUTH PLAIN$"),
+    ],
+)
+def test_nothing_is_quoted_of_what_a_relay_says_to_a_login(scripted, reply, text):
+    relay = scripted(["AUTH PLAIN"])
+    relay.replies = {"AUTH": reply}
+    with pytest.raises(spoolgore.RelayError, match=text):
+        dial(relay.address, "-smtpuser", "app", "-smtppassword", "s3cret-word")
+
+
+@pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "xoauth2"])
+@pytest.mark.parametrize("secret", ["s3cret-word", "Tr0ub4dor&3 Zür", "t\u00f6p \udcff9Q", "ya29.a0AfH6SMBx-" * 20])
+def test_a_relay_that_repeats_secrets_after_the_login(scripted, logged, mechanism, secret):
+    """In any reply, whole or in part, plain or in base64; and in all that it says to the next connection, too."""
+    sent, octets = [], spoolgore.octets_of(secret)
+
+    def on_AUTH(conversation, line):
+        sent.extend(line.split()[2:])
+        for _ in range({"login": 2, "cram-md5": 1}.get(mechanism, 0)):
+            conversation.send(b"334 PDFAeD4=\r\n")
+            sent.append(conversation.line())
+        conversation.send(b"235 2.7.0 welcome\r\n")
+
+    def serve(conversation):
+        conversation.on_AUTH = functools.partial(on_AUTH, conversation)
+        conversation.greet() if not sent else conversation.send(b"421 4.3.2 %s" % repeated())
+        while conversation.command():
+            pass
+
+    def repeated(line=b""):
+        tokens = [*sent, octets, octets[: len(octets) * 2 // 3], octets.upper(), b"=" + octets[len(octets) // 3 :]]
+        tokens += [base64.b64encode(b"x" * skip + octets)[:60] for skip in range(4)]
+        tokens += [base64.b64decode(sent[-1]).split()[-1]] if mechanism == "cram-md5" else []
+        return b"4.7.1 no [%s]\r\n" % b"] [".join(tokens)
+
+    def hides(text):
+        shown = re.sub(r"\*\*\*", "", text)
+        plain, encoded = octets.decode("utf-8", "replace").lower(), [word.decode().lower() for word in sent]
+        for form in (plain, *encoded, base64.b64encode(octets).decode().lower()):
+            parts = [form[start : start + 8] for start in range(max(1, len(form) - 7))]
+            assert not [part for part in parts if part in shown.lower()], text
+        return "4.7.1 no [***" in text or "4.3.2 4.7.1 no [***" in text
+
+    relay = scripted(["8BITMIME", f"AUTH {mechanism.upper()}"], serve=serve)
+    flags = ["-smtpuser", "application", "-smtpauth", mechanism, "-smtppassword", secret]
+    options = options_of("-timeout", "30", "-helo", "x.org", "-smtpaddr", relay.address, *flags, "spool")
+    security = spoolgore.Security(options, {})
+    connection = spoolgore.dial(options.smtpaddr[0], options.timeout, security)
+    for verb, code in (("MAIL", b"550"), ("RCPT", b"450"), ("DATA", b"554")):
+        relay.replies = {verb: lambda line, code=code: code + b" " + repeated()}
+        message = read_message(mail().encode())
+        outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+        assert outcome.text.startswith(code.decode()) and hides(outcome.text)
+    relay.replies = {"DATA": lambda line: b"354 go\r\n250 " + repeated()}
+    with contextlib.suppress(spoolgore.Repeat):
+        outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+        assert hides(outcome.text)
+    assert all(map(hides, logged()))
+    connection.close()
+    with pytest.raises(spoolgore.RelayError) as problem:
+        spoolgore.dial(options.smtpaddr[0], options.timeout, security)
+    assert hides(str(problem.value))
+
+
+@pytest.mark.parametrize(
+    "text, secret, wanted",
+    [
+        ("550 5.1.1 no such user: app", "s3cret-word", "550 5.1.1 no such user: app"),
+        ("550 s3cret-word and s3cret", "s3cret-word", "550 *** and ***"),
+        ("550 S3CRET-WORD", "s3cret-word", "550 ***"),
+        ("550 ab abc abcd", "abcd", "550 ab abc ***"),
+        ("550 a b c", "b", "550 a *** c"),
+        ("550 dXNlcgBzM2NyZXQtd29yZA", "s3cret-word", "550 dXNlcgB***"),  # of "user", NUL and the password
+        ("550 " + "x" * 2000, "s3cret-word", "550 " + "x" * 1020),
+        ("550 " + "ü" * 2000, "s3cret-word", "550 " + "ü" * 510),
+        ("550 İ s3cret-word", "s3cret-word", "550 İ ***"),
+        ("550 nothing", "", "550 nothing"),
+    ],
+)
+def test_what_is_kept_of_an_error(text, secret, wanted):
+    assert spoolgore.redacted(text, spoolgore.secrets_of(secret)) == wanted
 
 
 @pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
@@ -7154,7 +7244,8 @@ def test_a_permanent_reply_to_anything_but_the_mail_is_the_relay_s_fault(spool, 
         relay.replies["HELO"] = relay.replies["EHLO"]
     put(spool, "m1", mail())
     flags = ["-once", "-fail5xx", "-attempts", 1, "-smtpuser", "app", "-smtppassword", "s3cret", "-tlsname", "x.org"]
-    assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), "554 5.7.1 refused here")
+    text = "554 5.7.1 in reply to AUTH PLAIN" if verb == "AUTH" else "554 5.7.1 refused here"
+    assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), text)
 
 
 # -- CHUNKING, PIPELINING and SIZE at Postfix
@@ -7274,8 +7365,8 @@ def refusing(replies):
         (greeting(b"421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
         (greeting(b"554 5.7.1 go away\r\n"), "554 5.7.1 go away"),
         (refusing({"EHLO": b"451 4.3.0 busy\r\n", "HELO": b"451 4.3.0 busy\r\n"}), "451 4.3.0 busy"),
-        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 who?"),
-        (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 later"),
+        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 in reply to AUTH PLAIN"),
+        (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 in reply to AUTH PLAIN"),
     ],
 )
 def test_the_next_relay_is_used_while_one_is_no_good(spool, run, scripted, serve, text):
@@ -7876,9 +7967,9 @@ def test_secrets_are_nowhere(spool, scripted, start, flags, environ):
     relay = scripted(["AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"], serve=refuse_and_repeat)
     put(spool, "m1", mail())
     daemon = start("-smtpaddr", relay.address, *flags, env=environ)
-    daemon.wait_for("relay unavailable, .*535 5.7.8 refused")
+    daemon.wait_for("relay unavailable, .*535 5.7.8 in reply to AUTH")
     assert daemon.stop() == 0
-    assert "535 5.7.8 refused" in daemon.recipients("m1")["alice@example.org"]["Error"]
+    assert "535 5.7.8 in reply to AUTH" in daemon.recipients("m1")["alice@example.org"]["Error"]
     files = [path.read_text() for path in spool.iterdir()]
     written = "\n".join([*daemon.lines, *files])
     words = [word[: len(word) // 4 * 4] for word in re.findall(r"[A-Za-z0-9+/]{8,}", written)]
