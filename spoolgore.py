@@ -2814,7 +2814,7 @@ def secrets_of(password):
     """The forms of a password: itself, and what it becomes in base64 wherever it stands in what is encoded."""
     starts = ((0, 0), (1, 2), (2, 3))  # so many octets before it, and letters of which these have a part
     encodings = [base64.b64encode(bytes(skip) + octets_of(password))[start:].decode() for skip, start in starts]
-    return tuple(filter(None, (secret_form(form.rstrip("=")) for form in (password, *encodings))))
+    return tuple(secret_form(form.rstrip("=")) for form in (password, *encodings))
 
 
 @functools.lru_cache(maxsize=64)  # the same for each recipient, as a rule
@@ -2822,7 +2822,7 @@ def redacted(text, secrets):
     """A relay's error, of which the beginning is kept, without the secrets that it repeats, whole or in part."""
     text = text.encode("utf-8", "replace")[:ERROR_LIMIT].decode("utf-8", "ignore")
     plain, letters = text.translate(LOWER), list(text)
-    for secret in {*secrets} - {""}:
+    for secret in {secret for secret in secrets if len(secret) > 2}:  # less is no secret: it stands in every text
         size = min(len(secret), sorted((4, len(secret) // 2, 6))[1])  # so much of it in a row is secret, too
         for start in range(len(plain) - size + 1):
             if plain[start : start + size] in secret:

@@ -28,6 +28,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -1432,6 +1433,59 @@ def test_size_is_exact_when_the_mail_is_held_whole():
     assert list(streamed.content()) and b"".join(streamed.content()) == b"".join(streamed.content())
 
 
+class Restless(io.FileIO):
+    """A file that has changed whenever it is read: it has more each time, or nothing any more."""
+
+    more = b"x"
+
+    def read(self, octets=-1):
+        with open(self.name, "ab") as other:
+            other.write(self.more) if self.more else other.truncate(10)
+        return super().read(octets)
+
+
+@pytest.mark.parametrize("more", [b"x", b"x" * STREAMED, b""], ids=["slowly", "fast", "shrinks"])
+@pytest.mark.parametrize("size", [0, STREAMED - 100])
+def test_a_small_file_that_changes_while_it_is_read_is_not_read_for_ever(tmp_path, more, size):
+    path = tmp_path / "m1"
+    path.write_bytes(b"To: a@x.org\n\nHello.\n" + b"y" * size)
+    file = Restless(path)
+    file.more = more
+    with file, pytest.raises(spoolgore.Unfinished, match="^the file changed while it was read$"):
+        spoolgore.Message(file, path.stat().st_size)
+
+
+def test_a_large_file_that_grows_while_it_is_sent_is_not_sent(tmp_path, scripted):
+    relay, path = scripted(), tmp_path / "m1"
+    path.write_bytes(b"To: a@x.org\n\n" + b"y\n" * STREAMED)
+    with Restless(path) as file, contextlib.closing(connection_to(relay)) as connection:
+        message = spoolgore.Message(file, path.stat().st_size)
+        outcome = connection.transact("app@x.org", ["a@x.org"], message)["a@x.org"]
+    assert outcome == (spoolgore.Verdict.DEFERRED, "the file grew while it was read")
+    assert connection.broken and relay.connections.items[0].ended.wait(PATIENCE) and not relay.mails.items
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again_soon(spool, status, monkeypatch, logged):
+    put(spool, "m1", mail())
+    spooler, file = spooler_of(spool, status), []
+    monkeypatch.setattr(spooler.spool, "open", lambda path: (Restless(path), False, os.stat(path)))
+    handle(spooler, "m1")
+    mail_of = spooler.queue.mails[str(spool / "m1")]
+    assert (mail_of.state, mail_of.due, mail_of.entry) == (spoolgore.RESTING, NOW + spoolgore.QUIET_SECONDS, None)
+    assert logged() == [] and not file
+
+
+def test_a_mail_with_too_many_recipients_is_held(monkeypatch):
+    lines = b"To: " + b",".join(b"u%d@x.org" % number for number in range(100_000)) + b"\n"
+    assert len(read_message(lines + b"\n").recipients["To"]) == 100_000
+    for more in (b"Cc: one@x.org\n", b"Bcc: u1@x.org\n"):
+        with pytest.raises(spoolgore.BadMessage, match='^"B?[Cc]{2}" header: more than 100000 recipients$'):
+            read_message(lines + more + b"\n")
+    monkeypatch.setattr(spoolgore, "RECIPIENT_LIMIT", 3)
+    with pytest.raises(spoolgore.BadMessage, match='^"To" header: more than 3 recipients$'):
+        read_message("To: a@x.org, b@x.org, c@x.org, d@x.org\n\n")
+
+
 # ---------------------------------------------- what a relay reads of a message
 
 
@@ -2185,6 +2239,12 @@ def test_an_entry_of_an_unreadable_mail_gets_its_recipients_when_it_can_be_read(
         (envelope_to(addressee(moment="soon")), "not a time: soon"),
         (envelope_to(addressee(status=3)), "a recipient's Status is not 0, 1 or 2"),
         (envelope_to(addressee(), cc=[addressee(status=-1)]), "a recipient's Status is not 0, 1 or 2"),
+        (envelope_to(addressee(), cc=[addressee(status=10**400)]), "a recipient's Status is not 0, 1 or 2"),
+        (envelope_to(addressee(attempts=10**9)), ""),
+        *(
+            (envelope_to(addressee(), addressee(attempts=number)), "a recipient's Attempts are out of range")
+            for number in (-1, -(10**400), 10**9 + 1, 10**400)
+        ),
     ],
 )
 def test_what_is_wrong_with_an_entry(envelope, problem):
@@ -2890,6 +2950,11 @@ def test_what_a_new_process_knows_from_the_file(tmp_path, text, room):
         turnstile.load()
         assert turnstile.room() == room
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_note_with_too_many_digits_is_none():
+    assert spoolgore.note_of("+1\n") and not spoolgore.note_of(f"+{'9' * 5000}\n")
+    assert not spoolgore.note_of(f"-{'9' * 5000} 1.0\n") and not spoolgore.note_of(f"-1 {'9' * 5000}.0\n")
 
 
 def test_the_file_does_not_grow_for_ever(tmp_path):
@@ -5028,7 +5093,7 @@ def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, star
     for line in daemon.log.items:
         moment = time.strptime(line[:20], "%Y/%m/%d %H:%M:%S ")
         assert abs(time.mktime(moment) - time.time()) < 3600
-    m1, other = f"{spool}/m1", f'"{spool}/line\\\\nbreak"'
+    m1, other = f"{spool}/m1", f'"{spool}/line\\nbreak"'
     expected = [
         f"--- starting Spoolgore (pid: {daemon.process.pid}) on directory {spool} ---",
         f"{m1} sending mail to a@x.org attempt: 0",
@@ -5046,6 +5111,59 @@ def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, star
     ]
     assert sorted(daemon.lines) == sorted(expected)
     assert [line for line in daemon.lines if "m1" in line] == [line for line in expected if "m1" in line]
+
+
+@pytest.mark.parametrize(
+    "path, shown",
+    [
+        ("/spool/m1", "/spool/m1"),
+        ("/spool/grüße-1.eml", "/spool/grüße-1.eml"),
+        ("/spool/back\\slash'", "/spool/back\\slash'"),
+        ("/spool/m1 successfully sent to ceo@x.org", '"/spool/m1 successfully sent to ceo@x.org"'),
+        ('/spool/a"b', '"/spool/a\\"b"'),
+        ("/spool/a\nb\x1b[2J", '"/spool/a\\nb\\u001b[2J"'),
+        ("/spool/a\u202eb", '"/spool/a\u202eb"'),
+        ("/spool/a\u00a0b", '"/spool/a\u00a0b"'),
+    ],
+)
+def test_a_path_in_the_log_is_taken_for_nothing_else(path, shown, logged):
+    assert spoolgore.named(path) == shown
+    spoolgore.log(spoolgore.named(path))
+    assert all(line.isprintable() for line in logged())
+
+
+def test_a_name_that_looks_like_a_line_of_the_log(spool, status, logged):
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    name = "m1 successfully sent to ceo@x.org"
+    for text in ("garbage\n", mail(None), mail("a@x.org")):
+        (spool / name).write_text(text)
+        handle(spooler, name)
+    put(spool, name, mail("a@x.org"))
+    spooler.relay.send = lambda *_: {"a@x.org": spoolgore.Outcome(spoolgore.Verdict.DEFERRED, "450 no")}
+    status.written = math.inf
+    handle(spooler, name)
+    assert len(logged()) == 8 and logged()[-1] == f'"{spool}/{name}" moved to "{spool}/.failed/{name}"'
+    assert all(line.startswith(f'"{spool}/{name}" ') for line in logged())
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_mail_does_not_steer_the_terminal_that_it_is_printed_on(is_terminal):
+    content = b"To: a@x.org\nSubject: x\n\tfolded\n\n\x1b]0;title\x07 \x9b2J gr\xc3\xbc\xc3\x9fe \xc2\x9b1m\n"
+    ours, theirs = os.openpty() if is_terminal else os.pipe()[::-1]
+    if is_terminal:
+        ours, theirs = theirs, ours
+        attributes = termios.tcgetattr(ours)
+        attributes[1] &= ~termios.OPOST  # no CR before an LF
+        termios.tcsetattr(ours, termios.TCSANOW, attributes)
+    with open(ours, "wb", buffering=0) as stream, open(theirs, "rb", buffering=0) as reader:
+        outcomes = spoolgore.Printer(stream).send("app@x.org", ["a@x.org"], read_message(content))
+        printed = b""
+        while not printed.endswith(b"m\n\n"):
+            printed += reader.read(4096)
+    assert outcomes["a@x.org"].verdict is spoolgore.Verdict.DELIVERED
+    escaped = rb"\x1b]0;title\x07 \x9b2J gr" + "üße".encode() + rb" \x9b1m" + b"\n"
+    shown = content.partition(b"\n\n")[0] + b"\n\n" + escaped if is_terminal else content
+    assert printed == b"MAIL FROM:<app@x.org>\nRCPT TO:<a@x.org>\n\n" + shown + b"\n"
 
 
 def test_nothing_is_said_again_at_every_scan(spool, tmp_path, start, pulse):
@@ -5223,6 +5341,7 @@ MALFORMED = {  # an entry that an edit left, and what is said of it
     "words": (envelope_to(addressee(status="done")), "a recipient's Status is missing or of the wrong type"),
     "time": (envelope_to(addressee(moment="tomorrow")), "not a time: tomorrow"),
     "half": (envelope_to({"Address": "a@x.org"}), "a recipient's Status is missing or of the wrong type"),
+    "far": (envelope_to(addressee(attempts=-(10**400))), "a recipient's Attempts are out of range"),
 }
 
 
@@ -5252,6 +5371,40 @@ def test_malformed_entries_hold_their_mails_and_stop_nobody(spool, relay, start,
     assert daemon.stop() == 0
     assert daemon.status() == {"garbage": [1]}
     assert asked_for(relay.recorder) == sorted(f"{name}@x.org" for name in [*MALFORMED, "fine"])
+
+
+def test_a_number_with_too_many_digits_harms_its_own_mail_only(spool, relay, run):
+    """Python reads none of more than 4,300 digits; and no file has the names of the other entries."""
+    for name in ("endless", "fine"):
+        put(spool, name, mail("done@x.org, open@x.org"))
+    both = envelope_to(addressee("done@x.org", status=2), addressee("open@x.org"))
+    write_entries(spool, {"endless": both, "fine": both, "\ud800": both, "nul\0": both, ".failed/\udfff": both})
+    path = spool / ".spoolgore.js"
+    path.write_text(path.read_text().replace('"Attempts": 0', f'"Attempts": -{"9" * 5000}', 1))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and asked_for(relay.recorder) == ["open@x.org"]
+    held = "is held, its entry in the status file is malformed: a recipient's Attempts"
+    assert len([line for line in daemon.lines if line.startswith(f"{spool}/endless {held}")]) == 1
+    assert names(spool) == ["endless"] and "9" * 5000 in path.read_text() and list(daemon.status()) == ["endless"]
+
+
+def test_an_outcome_is_kept_whatever_another_one_s_leads_to(spool, status, monkeypatch, logged):
+    def fails(recipient, error, now):
+        raise OverflowError("made up \x1b[31m")
+
+    monkeypatch.setattr(spoolgore, "deferred", fails)
+    put(spool, "m1", mail("bad@x.org, good@x.org", Cc="late@x.org"))
+    spooler = spooler_of(spool, status)
+    verdicts = {"bad@x.org": "DEFERRED", "good@x.org": "DELIVERED", "late@x.org": "DEFERRED"}
+    outcomes = {address: spoolgore.Outcome(spoolgore.Verdict[name], "4xx") for address, name in verdicts.items()}
+    spooler.relay.send = lambda sender, addresses, message: outcomes
+    handle(spooler, "m1")
+    envelope = entry_of(status, str(spool / "m1"))
+    assert [each["Status"] for each in spoolgore.recipients(envelope)] == [0, 2, 0]
+    assert (state_in(spooler, "m1"), spooler.queue.mails[str(spool / "m1")].due) == (spoolgore.RESTING, NOW + 60)
+    assert any("successfully sent to good@x.org" in line for line in logged())
+    assert any(line.endswith("OverflowError: made up \\x1b[31m") for line in logged())  # of a traceback, too
+    assert all(re.match(r"\d{4}/\d\d/\d\d ", line) for line in spoolgore.log.stream.getvalue().splitlines())
 
 
 # ---------------------------------------------------------- faults of the relay
@@ -6805,6 +6958,40 @@ def test_relays_are_always_verified_with_tls_1_2_at_least(certificates):
         context = spoolgore.tls_context(options_of(*argv, "spool"))
         assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
         assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+        assert not context.hostname_checks_common_name and context.options & ssl.OP_NO_RENEGOTIATION
+
+
+def test_a_common_name_is_no_host_name(relay_with, certificates):
+    """Nobody checks what an authority writes there."""
+    relay = relay_with(ssl_context=certificates.server(certificates.authority.issue("localhost")))
+    with pytest.raises(OSError, match="Hostname mismatch|no appropriate|not valid for 'localhost'"):
+        dial(f"localhost:{relay.port}", "-tls", "smtps", "-tlsca", str(certificates.ca))
+
+
+@pytest.mark.parametrize(
+    "host, flags",
+    [
+        ("mail.example.org.", []),
+        ("bücher.example", []),
+        ("Bücher。example.", []),
+        ("127.0.0.1", ["-tlsname", "mail.example.org."]),
+    ],
+)
+def test_hosts_whose_names_are_written_in_another_way(relay_with, certificates, host, flags):
+    relay = relay_with(
+        ssl_context=certificates.server(
+            certificates.authority.issue("written", "mail.example.org", "xn--bcher-kva.example")
+        )
+    )
+    options = options_of("-tls", "smtps", "-tlsca", str(certificates.ca), "-smtpaddr", f"{host}:465", *flags, "spool")
+    with socket.create_connection(("127.0.0.1", relay.port), PATIENCE) as sock:
+        connection = spoolgore.Connection(sock, options.smtpaddr[0], PATIENCE)
+        spoolgore.Security(options, {}).encrypt(connection)
+        assert connection.encrypted and connection.reply().code == 220
+
+
+def test_a_host_of_full_width_letters_is_dialled(scripted):
+    assert dial(f"ｌｏｃａｌｈｏｓｔ:{scripted(host='').port}").buffer == b""
 
 
 @pytest.mark.parametrize("kind", ["starttls", "smtps"])
@@ -7097,6 +7284,24 @@ def test_a_password_command_that_is_no_help(command, text):
     assert "s3cret" not in str(problem.value)
 
 
+def test_what_a_password_command_gets_and_says(monkeypatch, logged):
+    """Neither our passwords, nor the service manager, nor our standard input; and it writes to the log as we do."""
+    for name in ("SPOOLGORE_SMTPPASSWORD", "SPOOLGORE_OTHER", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.setenv(name, "/ours/alone")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials")
+    command = r"cat; env | grep -c /ours; printf '\033[31mred\n\377\nlast' >&2; echo $CREDENTIALS_DIRECTORY >&2"
+    assert spoolgore.first_line_of(command, PATIENCE) == "0"
+    said = [r"\x1b[31mred", "\ufffd", "last/run/credentials"]
+    assert logged() == [f"password command: {line}" for line in said]
+    assert spoolgore.first_line_of("yes complaint 2>&1 >&- | head -1 >&2; yes no | head -9999 >&2; echo x", 30) == "x"
+    assert len(logged()) == 3 + spoolgore.REPLY_LINES
+
+
+def test_a_password_command_whose_child_keeps_its_standard_error(logged):
+    assert spoolgore.first_line_of("sleep 5 >/dev/null & echo why >&2; echo x", PATIENCE) == "x"
+    assert logged() == ["password command: why"]
+
+
 def test_a_password_command_that_hangs(spool, run, scripted):
     relay = scripted(["AUTH PLAIN"])
     put(spool, "m1", mail())
@@ -7219,7 +7424,8 @@ def test_a_relay_that_repeats_secrets_after_the_login(scripted, logged, mechanis
         ("550 s3cret-word and s3cret", "s3cret-word", "550 *** and ***"),
         ("550 S3CRET-WORD", "s3cret-word", "550 ***"),
         ("550 ab abc abcd", "abcd", "550 ab abc ***"),
-        ("550 a b c", "b", "550 a *** c"),
+        ("550 a bc abc", "abc", "550 a bc ***"),
+        ("550 no bc", "bc", "550 no bc"),  # that is no secret, it stands everywhere
         ("550 dXNlcgBzM2NyZXQtd29yZA", "s3cret-word", "550 dXNlcgB***"),  # of "user", NUL and the password
         ("550 " + "x" * 2000, "s3cret-word", "550 " + "x" * 1020),
         ("550 " + "ü" * 2000, "s3cret-word", "550 " + "ü" * 510),
@@ -7558,6 +7764,60 @@ def test_every_line_of_a_reply_stands_in_the_error(spool, run, scripted, verb):
 
 
 # -- -rate
+
+
+class Dripping:
+    """A socket that gives one octet at a time, for ever."""
+
+    def __init__(self, text):
+        self.octets = itertools.cycle(text[number : number + 1] for number in range(len(text)))
+        self.count = 0
+
+    def recv(self, _size):
+        self.count += 1
+        return next(self.octets)
+
+
+@pytest.mark.parametrize(
+    "text, count, problem",
+    [(b"x", 65_537, "not an SMTP reply: xxx"), (b"250-\n", 505, "a reply of more than 100 lines: 250-")],
+)
+def test_a_reply_that_drips_costs_next_to_nothing(text, count, problem):
+    connection = spoolgore.Connection(Dripping(text), "relay", PATIENCE)
+    connection.watched, connection.most_lines = True, spoolgore.REPLY_LINES
+    started = time.thread_time()
+    with pytest.raises(spoolgore.RelayError, match=problem):
+        connection.reply()
+    assert connection.sock.count == count
+    assert time.thread_time() - started < 10  # it was 49 s
+
+
+@pytest.mark.parametrize("verb, most", [("NOOP", 100), ("EHLO", 250)])
+@pytest.mark.parametrize("more", [0, 1])
+def test_so_many_lines_a_reply_may_have(scripted, verb, most, more):
+    def ask():
+        with contextlib.closing(connection_to(relay)) as connection:
+            connection.watch()
+            connection.send(b"NOOP\r\n")
+            return connection.reply()
+
+    relay = scripted()
+    relay.replies = {"NOOP": b"250 fine\r\n", verb: b"250-fine\r\n" * (most + more - 1) + b"250 fine\r\n"}
+    if more:
+        with pytest.raises(spoolgore.RelayError, match=f"a reply of more than {most} lines: 250-fine"):
+            ask()
+    else:
+        assert ask().ok
+
+
+def test_of_an_error_1_kb_is_kept(spool, run, scripted):
+    relay = scripted()
+    relay.replies = {"RCPT": b"550-5.1.1 %s\r\n" % (b"long " * 100) * 90 + b"550 5.1.1 end\r\n"}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    error = only_recipient(daemon)["Error"]
+    assert error.startswith("550 5.1.1 long long ") and len(error) == 1024
+    assert max(map(len, daemon.lines)) < 1200
 
 
 class TimedRelay(ScriptedRelay):
@@ -7975,6 +8235,12 @@ def test_secrets_are_nowhere(spool, scripted, start, flags, environ):
     words = [word[: len(word) // 4 * 4] for word in re.findall(r"[A-Za-z0-9+/]{8,}", written)]
     assert PASSWORD not in written and not any(PASSWORD.encode() in base64.b64decode(word) for word in words)
     assert has_only_log_lines(daemon)
+
+
+def test_the_daemon_leaves_no_core(spool, relay, start):
+    daemon = start("-smtpaddr", relay.address)
+    (limit,) = re.findall("Max core file size +(\\d+) +(\\d+)", Path(f"/proc/{daemon.process.pid}/limits").read_text())
+    assert limit == ("0", "0")
 
 
 def test_what_the_daemon_makes_is_for_its_owner_only(spool, relay, start):
