@@ -221,7 +221,8 @@ def one_line(text):
 
 def named(path):
     """A path as the log has it: quoted where it could be taken for more than a path."""
-    return path if path.isprintable() and not re.search('[ "]', path) else json.dumps(path, ensure_ascii=False)
+    is_plain = path.isprintable() and " " not in path and '"' not in path
+    return path if is_plain else json.dumps(path, ensure_ascii=False)
 
 
 def complain(text, status=EX_ERROR):
@@ -2817,15 +2818,25 @@ def secrets_of(password):
     return tuple(secret_form(form.rstrip("=")) for form in (password, *encodings))
 
 
+@functools.lru_cache(maxsize=8)
+def parts_of(secrets):
+    """A dict of what nobody may see: from a length to the parts of so many letters in a row."""
+    parts = {}
+    for secret in secrets:
+        if len(secret) > 2:  # less is no secret: it stands in every text
+            size = min(len(secret), sorted((4, len(secret) // 2, 6))[1])
+            parts.setdefault(size, set()).update(secret[n : n + size] for n in range(len(secret) - size + 1))
+    return parts
+
+
 @functools.lru_cache(maxsize=64)  # the same for each recipient, as a rule
 def redacted(text, secrets):
     """A relay's error, of which the beginning is kept, without the secrets that it repeats, whole or in part."""
     text = text.encode("utf-8", "replace")[:ERROR_LIMIT].decode("utf-8", "ignore")
     plain, letters = text.translate(LOWER), list(text)
-    for secret in {secret for secret in secrets if len(secret) > 2}:  # less is no secret: it stands in every text
-        size = min(len(secret), sorted((4, len(secret) // 2, 6))[1])  # so much of it in a row is secret, too
+    for size, parts in parts_of(secrets).items():
         for start in range(len(plain) - size + 1):
-            if plain[start : start + size] in secret:
+            if plain[start : start + size] in parts:
                 letters[start : start + size] = "\0" * size
     return re.sub("\0+", "***", "".join(letters))
 
