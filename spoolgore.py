@@ -1973,9 +1973,6 @@ class Outcome(NamedTuple):
     verdict: Verdict
     text: str = ""
 
-    def redacted(self, secrets):
-        return self if self.verdict is Verdict.DELIVERED else Outcome(self.verdict, redacted(self.text, secrets))
-
 
 class RelayDown(Exception):
     """No relay can be used now, which is no fault of any mail; the text says why."""
@@ -2147,7 +2144,8 @@ class Connection:
         """Add replies to those that were found until there are so many, or one is 421. Raises RelayError, OSError."""
         while len(found) < count and not self.broken:
             match = REPLY.match(self.buffer) or self._await_reply(seconds)
-            self._check_lines(match[0])
+            if match[0].count(b"\n") > self.most_lines:
+                raise self._too_long()
             self.buffer = self.buffer[match.end() :]
             found.append(make_reply(match[2], match[0]))
             if match[2] == b"421":
@@ -2168,14 +2166,14 @@ class Connection:
         while not (match := REPLY.match(self.buffer)):
             if self.buffer and (len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer)):
                 raise RelayError(f"not an SMTP reply: {self.quote(self.buffer)}")
-            self._check_lines(self.buffer)
+            if self.buffer.count(b"\n") > self.most_lines:
+                raise self._too_long()
             while b"\n" not in self._receive() and len(self.buffer) <= REPLY_LIMIT:
                 pass  # only what is new is looked at
         return match
 
-    def _check_lines(self, data):
-        if data.count(b"\n") > self.most_lines:
-            raise RelayError(f"a reply of more than {self.most_lines} lines: {self.quote(data)}")
+    def _too_long(self):
+        return RelayError(f"a reply of more than {self.most_lines} lines: {self.quote(self.buffer)}")
 
     def _receive(self):
         if not self.watched:
@@ -2226,7 +2224,10 @@ class Connection:
         """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Repeat."""
         try:
             outcomes = Transaction(self, sender, addresses, message, carefully).run()
-            return {address: outcome.redacted(self.secrets) for address, outcome in outcomes.items()}
+            for address, (verdict, text) in outcomes.items():
+                if verdict is not Verdict.DELIVERED:
+                    outcomes[address] = Outcome(verdict, redacted(text, self.secrets))
+            return outcomes
         except BaseException:
             self.spoil("it was left in the middle of a transaction")
             raise
