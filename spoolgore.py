@@ -150,6 +150,8 @@ RECIPIENTS_PER_TRANSACTION = 100  # RFC 5321 4.5.3.1.8: every relay takes these
 ADDRESS_LIMIT = 254  # octets; RFC 5321 4.5.3.1.3 less the angle brackets
 HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
 CHUNK = 128 * 1024  # octets; a mail up to this size is held whole, a larger one streamed
+RECIPIENT_LIMIT = 100_000  # a mail with more of them is held
+ERROR_LIMIT = 1024  # octets of a relay's error that are kept
 REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
 EHLO_LINES, REPLY_LINES = 250, 100  # more lines than this are no reply
 SHUNNED_SECONDS = 3600  # an extension that went wrong with a relay is not used for so long
@@ -217,6 +219,12 @@ class Log:
 def one_line(text):
     """Text without anything that could break the line or steer a terminal."""
     return "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def named(path):
+    """A path as the log has it: quoted where it could be taken for more than a path."""
+    is_plain = path.isprintable() and " " not in path and '"' not in path
+    return path if is_plain else json.dumps(path, ensure_ascii=False)
 
 
 def complain(text, status=EX_ERROR):
@@ -435,6 +443,10 @@ class BadMessage(Exception):
     """The file is not a mail that can be sent; the text says why."""
 
 
+class Unfinished(OSError):
+    """The file changes while it is read."""
+
+
 # These look in a header with an LF before it. A field's name may have a space before its colon (RFC 5322 4.5). A value
 # goes on to the next LF without a blank behind it, found by .*? since a group for each folded line takes memory for it.
 NO_FIELD = re.compile(rb"\n(?![!-9;-~]+[ \t]*:|(?<!\A\n)[ \t])[^\n]*")
@@ -551,7 +563,7 @@ def parse_addresses(text):
     """The bare addresses of ``list = [item] *(("," / ";") [item])``. Raises BadMessage if it may mean anything else."""
     if plain := plain_address(text):
         return [plain]
-    return [address_of(*item) for item in items_of(text)]
+    return [address_of(*item) for item in itertools.islice(items_of(text), RECIPIENT_LIMIT + 1)]
 
 
 def plain_address(text):
@@ -770,7 +782,7 @@ class Message:
         self.file.seek(0)
         try:
             again = Message(self.file, os.fstat(self.file.fileno()).st_size)
-        except BadMessage:
+        except (BadMessage, Unfinished):
             return False
         return (again.whole, again.sender, again.recipients) == (self.whole, self.sender, self.recipients)
 
@@ -778,9 +790,15 @@ class Message:
         """The content in chunks: CRLF line ends, no Bcc, a line end last."""
         return iter([self.whole]) if self.whole is not None else self._stream()
 
+    def _read(self, octets):
+        """Of a file that grows all the time there is no end. Raises Unfinished."""
+        if (data := self.file.read(octets)) and self.file.tell() > self.size:
+            raise Unfinished("the file grew while it was read")
+        return data
+
     def _stream(self):
         self.file.seek(0)
-        chunks = unix_lines(self.file.read)
+        chunks = unix_lines(self._read)
         header, body = split_header(chunks)
         last = b""
         for chunk in itertools.chain([without_bcc(header), body], chunks):
@@ -791,10 +809,12 @@ class Message:
 
 
 def whole_text(file, size):
-    """A small file with LF line ends; size: its octets, as they were just now."""
+    """A small file with LF line ends; size: its octets, as they were just now. Raises Unfinished."""
     text = file.read(size + 1)
-    while len(text) != size and (more := file.read(CHUNK)):  # it changes: what is sent must be whole all the same
+    while len(text) < size and (more := file.read(size + 1 - len(text))):  # no read has to give all
         text += more
+    if len(text) != size:
+        raise Unfinished("the file changed while it was read")
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
 
 
@@ -850,6 +870,8 @@ def parse_recipients(fields):
                 addresses = parse_addresses(text)
                 found[name.rpartition("-")[2].title()] += addresses
                 count += len(addresses)
+                if count > RECIPIENT_LIMIT:
+                    raise BadMessage(f"more than {RECIPIENT_LIMIT} recipients")
         except BadMessage as error:
             raise BadMessage(f'"{name.title()}" header: {error}') from None
     seen = set()
@@ -884,6 +906,7 @@ MOVES_BY_NUMBER = {(STATUS_NUMBERS[before], after) for before, after in MOVES if
 FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 ADDRESS, STATUS = operator.itemgetter("Address"), operator.itemgetter("Status")
+MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
 
@@ -1042,6 +1065,8 @@ def recipient_problem(recipient):
         parse_time(recipient["NextAttempt"])
     except ValueError as error:
         return str(error)
+    if not 0 <= recipient["Attempts"] <= MOST_ATTEMPTS:
+        return "a recipient's Attempts are out of range"
     return "" if recipient["Status"] in (0, 1, 2) else "a recipient's Status is not 0, 1 or 2"
 
 
@@ -1372,7 +1397,11 @@ def pieces(text):
 def parsed(text):
     """The JSON object in text. Raises CorruptStatus."""
     try:
-        entries = json.loads(text.decode("utf-8-sig", "replace"))  # some editors begin a file with a byte order mark
+        text = text.decode("utf-8-sig", "replace")  # some editors begin a file with a byte order mark
+        try:
+            entries = json.loads(text)
+        except ValueError:  # maybe only since a number has too many digits for Python: that entry is malformed
+            entries = json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 20 else digits)
     except (ValueError, RecursionError) as error:
         raise CorruptStatus(str(error)) from None
     if not isinstance(entries, dict):
@@ -1624,7 +1653,7 @@ def look(path):
     """The status of a path itself (os.lstat); None when it is gone. Raises OSError when that is not to be known."""
     try:
         return os.lstat(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has such a name: an edit made it
         return None
 
 
@@ -2064,6 +2093,8 @@ class Connection:
         self.most_lines = EHLO_LINES
         self.buffer = b""
         self.broken = ""  # why it cannot be used any more
+        self.secrets = ()  # what it was told, and maybe repeats: see redacted()
+        self.is_mute = False  # the relay's words are not quoted: they may be a secret's in any shape
         self.uses = 0
         self.deadline, self.watched, self.expired = math.inf, False, False
         self.quiet = None  # whose poll(0) tells that nothing has come
@@ -2097,10 +2128,14 @@ class Connection:
 
     # -- commands and replies
 
+    def quote(self, data):
+        """The beginning of what the relay said."""
+        return "..." if self.is_mute else readable(data[:80])
+
     def send(self, data):
         """Write commands or content; all of it must be taken within the time limit. Raises RelayError, OSError."""
         if self.buffer:  # whatever it means, the next reply would be taken for that to this
-            raise Surplus(f"{SURPLUS}: {readable(self.buffer[:80])}")
+            raise Surplus(f"{SURPLUS}: {self.quote(self.buffer)}")
         self.deadline = time.monotonic() + self.seconds
         if not self.watched:
             self.sock.settimeout(self.seconds)
@@ -2123,6 +2158,8 @@ class Connection:
         """Add replies to those that were found until there are so many, or one is 421. Raises RelayError, OSError."""
         while len(found) < count and not self.broken:
             match = REPLY.match(self.buffer) or self._await_reply(seconds)
+            if match[0].count(b"\n") > self.most_lines:
+                raise self._too_long()
             self.buffer = self.buffer[match.end() :]
             found.append(make_reply(match[2], match[0]))
             if match[2] == b"421":
@@ -2134,7 +2171,7 @@ class Connection:
         while REPLY.match(self.buffer) and not self.broken:
             self.read_replies(found, len(found) + 1, 0)
         if self.buffer and not b"421".startswith(self.buffer[:3]):
-            found.append(Reply(0, readable(self.buffer[:80]), False))
+            found.append(Reply(0, self.quote(self.buffer), False))
         return [reply for reply in found if not reply.closing]
 
     def _await_reply(self, seconds):
@@ -2142,12 +2179,15 @@ class Connection:
         self.deadline = time.monotonic() + seconds
         while not (match := REPLY.match(self.buffer)):
             if self.buffer and (len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer)):
-                raise RelayError(f"not an SMTP reply: {readable(self.buffer[:80])}")
+                raise RelayError(f"not an SMTP reply: {self.quote(self.buffer)}")
             if self.buffer.count(b"\n") > self.most_lines:
-                raise RelayError(f"a reply of more than {self.most_lines} lines: {readable(self.buffer[:80])}")
+                raise self._too_long()
             while b"\n" not in self._receive() and len(self.buffer) <= REPLY_LIMIT:
                 pass  # only what is new is looked at
         return match
+
+    def _too_long(self):
+        return RelayError(f"a reply of more than {self.most_lines} lines: {self.quote(self.buffer)}")
 
     def _receive(self):
         if not self.watched:
@@ -2191,12 +2231,16 @@ class Connection:
         """Do not use these any more with this relay. reason: what went wrong."""
         self.spoil(reason)
         self.shunned.update(dict.fromkeys(extensions, time.monotonic() + SHUNNED_SECONDS))
-        log(f"{self.address}: {reason}: no {' and no '.join(extensions)} from now on")
+        log(f"{self.address}: {redacted(reason, self.secrets)}: no {' and no '.join(extensions)} from now on")
 
     def transact(self, sender, addresses, message, carefully=False):
         """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Repeat."""
         try:
-            return Transaction(self, sender, addresses, message, carefully).run()
+            outcomes = Transaction(self, sender, addresses, message, carefully).run()
+            for address, (verdict, text) in outcomes.items():
+                if verdict is not Verdict.DELIVERED:
+                    outcomes[address] = Outcome(verdict, redacted(text, self.secrets))
+            return outcomes
         except BaseException:
             self.spoil("it was left in the middle of a transaction")
             raise
@@ -2222,6 +2266,7 @@ def is_over(greenlet):
 def dial(address, timeout, security):
     """A Connection that is greeted, encrypted and logged in. Raises OSError, as most errors here are."""
     connection = Connection(connect(address, timeout), address, timeout)
+    connection.secrets = security.secrets
     try:
         if security.implicit_tls(address):
             security.encrypt(connection)
@@ -2231,7 +2276,9 @@ def dial(address, timeout, security):
             opening.starttls(security)
         security.login(opening)
         connection.offers = opening.offers()
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, RelayError):
+            error.args = (redacted(str(error), connection.secrets),)
         connection.close()
         raise
     return connection
@@ -2564,6 +2611,7 @@ class Security:
         self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
         self._password, self._fallback = passwords(options, environ, self.cram_only)
         self._output = None  # of the password command
+        self.secrets = ()  # of the latest login: the next connection redacts them from the start
         self._helo = options.helo
         self._options = options
         if options.tlsca or options.tlscert:
@@ -2601,7 +2649,7 @@ class Security:
 
     def encrypt(self, connection):
         """The TLS handshake; the certificate must bear the relay's name, or that of -tlsname."""
-        name = self.name or ascii_domain(connection.address.host).rstrip(".")
+        name = (self.name or ascii_domain(connection.address.host)).rstrip(".")
         with limited(connection.seconds, "timed out in the TLS handshake"):
             connection.sock = self.context.wrap_socket(connection.sock, server_hostname=name)
         connection.encrypted = True
@@ -2613,6 +2661,7 @@ class Security:
         if not self.user:
             return
         *others, last = self._mechanisms(opening)
+        opening.connection.secrets = ()
         for mechanism in others:
             with contextlib.suppress(MechanismRefused):  # offered, and not known all the same
                 return self._log_in(opening, mechanism)
@@ -2629,17 +2678,36 @@ class Security:
         raise RelayError(f"the relay does not offer AUTH {names} (it offers {found}{hint})")
 
     def _log_in(self, opening, mechanism):
-        check_secrecy(mechanism, opening.connection)
+        self._check_secrecy(mechanism, opening.connection)
         fresh = self._output is None
         try:
-            authenticate(opening, mechanism, self.user, self.password())
+            self._authenticate(opening, mechanism)
         except MechanismRefused:
             raise
         except LoginRefused:
             self._output = None
             if not self._options.smtppasswordcommand or fresh:
                 raise
-            authenticate(opening, mechanism, self.user, self.password())
+            self._authenticate(opening, mechanism)
+
+    def _check_secrecy(self, mechanism, connection):
+        """A password goes over TLS, or to this machine, or not at all; CRAM-MD5, from which one that is short can be
+        found, in the clear only with -tls off. Raises RelayError."""
+        if not connection.encrypted and not is_loopback(connection.sock):
+            if mechanism != "cram-md5":
+                raise RelayError("unencrypted connection")
+            if self.mode != "off":
+                raise RelayError("unencrypted connection (CRAM-MD5 is done in the clear with -tls off only)")
+
+    def _authenticate(self, opening, mechanism):
+        password, connection = self.password(), opening.connection
+        connection.secrets += secrets_of(password)
+        connection.is_mute = True
+        try:
+            authenticate(opening, mechanism, self.user, password)
+            connection.is_mute = False
+        finally:
+            self.secrets = connection.secrets
 
     def password(self):
         """The password or token: by a flag, else by the command, else by the environment. The command is asked at the
@@ -2658,9 +2726,25 @@ def passwords(options, environ, cram):
     return options.smtppassword, environ.get("SPOOLGORE_SMTPPASSWORD", "")
 
 
+OURS_ALONE = ("SPOOLGORE_", "NOTIFY_SOCKET", "WATCHDOG_")
+
+
+def pass_on(stream):
+    """What the password command complains of, as lines of the log, but no more than of a relay."""
+    for number, line in enumerate(iter(functools.partial(stream.readline, ERROR_LIMIT), b"")):
+        if number < REPLY_LINES:
+            log(f"password command: {line.decode('utf-8', 'replace').rstrip()}")
+
+
 def first_line_of(command, seconds):
-    """The first line that a shell command prints. Raises RelayError; its output is never part of the text."""
-    process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, start_new_session=True)
+    """The first line that a shell command prints. Raises RelayError; its output is never part of the text.
+
+    What it writes to standard error goes to the log. Its environment is ours without what is ours alone.
+    """
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(OURS_ALONE)}
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, shell=True, start_new_session=True, env=environ, **pipes)
+    listener = gevent.spawn(pass_on, process.stderr)
     try:
         with gevent.Timeout(seconds, RelayError(f"the password command took longer than {seconds} s")):
             output = process.stdout.read(REPLY_LIMIT + 1)
@@ -2672,6 +2756,9 @@ def first_line_of(command, seconds):
         raise
     finally:
         process.stdout.close()
+        listener.join(LAST_WORDS_SECONDS)  # something that it started may have it open for ever
+        listener.kill()
+        process.stderr.close()
     if process.returncode:
         raise RelayError(f"the password command failed with exit status {process.returncode}")
     if not (line := output.decode("utf-8", "surrogateescape").partition("\n")[0].rstrip("\r")):
@@ -2698,27 +2785,29 @@ def tls_context(options):
     except OSError as error:
         raise bad_value(flag, path, error.strerror or str(error)) from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.hostname_checks_common_name = not ssl.HAS_NEVER_CHECK_COMMON_NAME  # RFC 6125 6.4.4: it is no host's name
+    context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
 
 
-def check_secrecy(mechanism, connection):
-    """A password goes over TLS, or to this machine, or not at all."""
-    if mechanism != "cram-md5" and not connection.encrypted and not is_loopback(connection.sock):
-        raise RelayError("unencrypted connection")
-
-
 def authenticate(opening, mechanism, user, password):
-    """One AUTH exchange. Raises LoginRefused for a 5xx reply, RelayError for another."""
-    responses = []
-    if mechanism in ("plain", "xoauth2"):
-        responses.append(encoded(auth_response(mechanism, user, password, b"", 0)))
-    reply = opening.ask(" ".join(["AUTH", mechanism.upper(), *responses]))
-    while reply.code == 334 and len(responses) < 3:
-        responses.append(encoded(auth_response(mechanism, user, password, decoded(reply.text), len(responses))))
-        reply = opening.ask(responses[-1])
+    """One AUTH exchange. Raises LoginRefused for a 5xx reply, RelayError for another; neither has the relay's words."""
+    count = 0
+
+    def response(challenge):
+        answer = auth_response(mechanism, user, password, challenge, count)
+        digest = answer.rpartition(" ")[2:] if mechanism == "cram-md5" else ()
+        opening.connection.secrets += tuple(map(secret_form, (encoded(answer), *digest)))
+        return encoded(answer)
+
+    at_once = [response(b"")] if mechanism in ("plain", "xoauth2") else []
+    reply, count = opening.ask(" ".join(["AUTH", mechanism.upper(), *at_once])), len(at_once)
+    while reply.code == 334 and count < 3:
+        reply, count = opening.ask(response(decoded(reply.text))), count + 1
     if reply.code != 235:
         fault = MechanismRefused if reply.code in NO_MECHANISM else LoginRefused if reply.code >= 500 else RelayError
-        raise fault(redacted(str(reply), password, responses))
+        enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", reply.text)  # RFC 3463
+        raise fault(f"{reply.code} {enhanced[0] + ' ' if enhanced else ''}in reply to AUTH {mechanism.upper()}")
 
 
 def auth_response(mechanism, user, password, challenge, step):
@@ -2748,11 +2837,42 @@ def decoded(challenge):
         return b""
 
 
-def redacted(text, password, responses):
-    """A relay's reply without the secrets that it may repeat, whole or in part."""
-    text = text.replace(password, "***") if password else text
-    sent = " ".join(responses)
-    return re.sub(r"[\w+/=]{8,}", lambda word: "***" if word[0] in sent else word[0], text)
+LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}  # which leaves the length as it is
+
+
+def secret_form(text):
+    """A text as it looks when a relay repeats it."""
+    return readable(octets_of(text)).translate(LOWER)
+
+
+def secrets_of(password):
+    """The forms of a password: itself, and what it becomes in base64 wherever it stands in what is encoded."""
+    starts = ((0, 0), (1, 2), (2, 3))  # so many octets before it, and letters of which these have a part
+    encodings = [base64.b64encode(bytes(skip) + octets_of(password))[start:].decode() for skip, start in starts]
+    return tuple(secret_form(form.rstrip("=")) for form in (password, *encodings))
+
+
+@functools.lru_cache(maxsize=8)
+def parts_of(secrets):
+    """A dict of what nobody may see: from a length to the parts of so many letters in a row."""
+    parts = {}
+    for secret in secrets:
+        if len(secret) > 2:  # less is no secret: it stands in every text
+            size = min(len(secret), sorted((4, len(secret) // 2, 6))[1])
+            parts.setdefault(size, set()).update(secret[n : n + size] for n in range(len(secret) - size + 1))
+    return parts
+
+
+@functools.lru_cache(maxsize=64)  # the same for each recipient, as a rule
+def redacted(text, secrets):
+    """A relay's error, of which the beginning is kept, without the secrets that it repeats, whole or in part."""
+    text = text.encode("utf-8", "replace")[:ERROR_LIMIT].decode("utf-8", "ignore")
+    plain, letters = text.translate(LOWER), list(text)
+    for size, parts in parts_of(secrets).items():
+        for start in range(len(plain) - size + 1):
+            if plain[start : start + size] in parts:
+                letters[start : start + size] = "\0" * size
+    return re.sub("\0+", "***", "".join(letters))
 
 
 class Relay:
@@ -3014,11 +3134,17 @@ class Printer(Relays):
         lines = [f"MAIL FROM:<{sender}>", *(f"RCPT TO:<{address}>" for address in addresses), ""]
         text = b"".join([*(f"{line}\n".encode() for line in lines), *message.content()])
         try:
-            self.stream.write(text.replace(b"\r\n", b"\n") + b"\n")
+            self.stream.write(self.shown(text.replace(b"\r\n", b"\n")) + b"\n")
             self.stream.flush()
         except OSError as error:
             return dict.fromkeys(addresses, Outcome(Verdict.DEFERRED, describe(error)))
         return dict.fromkeys(addresses, Outcome(Verdict.DELIVERED))
+
+    def shown(self, text):
+        """As it is, but that a mail does not steer a terminal."""
+        if not self.stream.isatty():
+            return text
+        return re.sub(r"[^\n\t]+", lambda part: one_line(part[0]), text.decode("utf-8", "backslashreplace")).encode()
 
 
 def make_relay(options, environ, stream, on_up):
@@ -3174,7 +3300,7 @@ class Turnstile:
 
 def note_of(line):
     """(count, end) of a line; end is None for a begin; None for a line that is corrupt or that a crash cut short."""
-    match = re.fullmatch(r"\+(\d+)\n|-(\d+) (\d+\.\d+)\n", line)
+    match = re.fullmatch(r"\+(\d{1,15})\n|-(\d{1,15}) (\d{1,15}\.\d+)\n", line)
     if not match:
         return None
     return (int(match[1]), None) if match[1] else (int(match[2]), float(match[3]))
@@ -3421,7 +3547,7 @@ class Delivery:
     __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "is_new", "has_landed")
 
     def __init__(self, spooler, mail):
-        self.spooler, self.mail, self.path = spooler, mail, mail.path  # by which the log calls it all the time
+        self.spooler, self.mail, self.path = spooler, mail, named(mail.path)  # as the log calls it all the time
         self.file, self.names = None, 1
         self.is_new = self.has_landed = False
 
@@ -3431,6 +3557,8 @@ class Delivery:
                 self.deliver()
         except gevent.GreenletExit:  # the daemon ends, the mail is still in the queue
             self.rest(0.0)
+        except Unfinished:
+            self.rest(self.spooler.clock() + QUIET_SECONDS)
         except (OSError, MemoryError) as error:
             self.cannot_reach(error)
         except Exception:  # noqa: BLE001
@@ -3570,7 +3698,7 @@ class Delivery:
             raise CorruptStatus(problem)
         renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):
-            kept = f"{mail.path} keeps the recipients of the first mail of its name, and not {others}"
+            kept = f"{named(mail.path)} keeps the recipients of the first mail of its name, and not {others}"
             self.spooler.say(f"{mail.path} recipients", kept)
         return envelope
 
@@ -3629,8 +3757,15 @@ class Delivery:
         """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
         for recipient in batch:  # before the turn is written down: an edit that comes meanwhile leaves them alone
             move(recipient, IN_FLIGHT, recipient["Error"])
-        outcomes = self.send(batch)
-        return [recipient for recipient in batch if self.conclude(recipient, *outcomes[recipient["Address"]])]
+        outcomes, again, failure = self.send(batch), [], None
+        for recipient in batch:
+            try:
+                again += [recipient] if self.conclude(recipient, *outcomes[recipient["Address"]]) else []
+            except Exception as error:  # noqa: BLE001 -- what goes wrong with one is no reason to forget the others'
+                failure = error
+        if failure:
+            raise failure
+        return again
 
     def take_turn(self, batch):
         """Raises OutOfTurn, and they wait again, if -rate has no room."""
@@ -3768,7 +3903,7 @@ class Delivery:
         queue.forget(mail)
         queue.rename(mail, aside)
         queue.become(mail, ASIDE)
-        log(f"{path} moved to {aside}")
+        log(f"{named(path)} moved to {named(aside)}")
         try:
             off_the_hub(spool.sync)
         except OSError as error:
@@ -4246,6 +4381,8 @@ def raise_descriptor_limit():
     with contextlib.suppress(ImportError):
         import resource  # not on Windows
 
+        with contextlib.suppress(OSError, ValueError):  # a core dump has the password in it
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         with contextlib.suppress(OSError, ValueError):  # not allowed: what we have must do
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

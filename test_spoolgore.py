@@ -29,6 +29,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import textwrap
 import threading
 import time
@@ -1559,7 +1560,7 @@ def test_content_of_large_mails_at_every_edge_of_a_chunk(position):
         padding = b"x" * (spoolgore.CHUNK - len(start) - 1 - shift)
         data = start + padding + b"\n" + tricky + b"end" * (shift % 3)
         assert len(data) >= STREAMED or shift
-        assert content_of(data, STREAMED) == as_sent(data)[0]
+        assert content_of(data, max(STREAMED, len(data))) == as_sent(data)[0]
         assert content_of(data + b"y" * spoolgore.CHUNK) == as_sent(data + b"y" * spoolgore.CHUNK)[0]
 
 
@@ -1581,6 +1582,59 @@ def test_size_is_exact_when_the_mail_is_held_whole():
     streamed = read_message(b"To: a@x.org\n\n" + b"x" * STREAMED)
     assert (streamed.whole, streamed.size) == (None, STREAMED + 13)
     assert list(streamed.content()) and b"".join(streamed.content()) == b"".join(streamed.content())
+
+
+class Restless(io.FileIO):
+    """A file that has changed whenever it is read: it has more each time, or nothing any more."""
+
+    more = b"x"
+
+    def read(self, octets=-1):
+        with open(self.name, "ab") as other:
+            other.write(self.more) if self.more else other.truncate(10)
+        return super().read(octets)
+
+
+@pytest.mark.parametrize("more", [b"x", b"x" * STREAMED, b""], ids=["slowly", "fast", "shrinks"])
+@pytest.mark.parametrize("size", [0, STREAMED - 100])
+def test_a_small_file_that_changes_while_it_is_read_is_not_read_for_ever(tmp_path, more, size):
+    path = tmp_path / "m1"
+    path.write_bytes(b"To: a@x.org\n\nHello.\n" + b"y" * size)
+    file = Restless(path)
+    file.more = more
+    with file, pytest.raises(spoolgore.Unfinished, match="^the file changed while it was read$"):
+        spoolgore.Message(file, path.stat().st_size)
+
+
+def test_a_large_file_that_grows_while_it_is_sent_is_not_sent(tmp_path, scripted):
+    relay, path = scripted(), tmp_path / "m1"
+    path.write_bytes(b"To: a@x.org\n\n" + b"y\n" * STREAMED)
+    with Restless(path) as file, contextlib.closing(connection_to(relay)) as connection:
+        message = spoolgore.Message(file, path.stat().st_size)
+        outcome = connection.transact("app@x.org", ["a@x.org"], message)["a@x.org"]
+    assert outcome == (spoolgore.Verdict.DEFERRED, "the file grew while it was read")
+    assert connection.broken and relay.connections.items[0].ended.wait(PATIENCE) and not relay.mails.items
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again_soon(spool, status, monkeypatch, logged):
+    put(spool, "m1", mail())
+    spooler, file = spooler_of(spool, status), []
+    monkeypatch.setattr(spooler.spool, "open", lambda path: (Restless(path), False, os.stat(path)))
+    handle(spooler, "m1")
+    mail_of = spooler.queue.mails[str(spool / "m1")]
+    assert (mail_of.state, mail_of.due, mail_of.entry) == (spoolgore.RESTING, NOW + spoolgore.QUIET_SECONDS, None)
+    assert logged() == [] and not file
+
+
+def test_a_mail_with_too_many_recipients_is_held(monkeypatch):
+    lines = b"To: " + b",".join(b"u%d@x.org" % number for number in range(100_000)) + b"\n"
+    assert len(read_message(lines + b"\n").recipients["To"]) == 100_000
+    for more in (b"Cc: one@x.org\n", b"Bcc: u1@x.org\n"):
+        with pytest.raises(spoolgore.BadMessage, match='^"B?[Cc]{2}" header: more than 100000 recipients$'):
+            read_message(lines + more + b"\n")
+    monkeypatch.setattr(spoolgore, "RECIPIENT_LIMIT", 3)
+    with pytest.raises(spoolgore.BadMessage, match='^"To" header: more than 3 recipients$'):
+        read_message("To: a@x.org, b@x.org, c@x.org, d@x.org\n\n")
 
 
 # ---------------------------------------------- what a relay reads of a message
@@ -2336,6 +2390,12 @@ def test_an_entry_of_an_unreadable_mail_gets_its_recipients_when_it_can_be_read(
         (envelope_to(addressee(moment="soon")), "not a time: soon"),
         (envelope_to(addressee(status=3)), "a recipient's Status is not 0, 1 or 2"),
         (envelope_to(addressee(), cc=[addressee(status=-1)]), "a recipient's Status is not 0, 1 or 2"),
+        (envelope_to(addressee(), cc=[addressee(status=10**400)]), "a recipient's Status is not 0, 1 or 2"),
+        (envelope_to(addressee(attempts=10**9)), ""),
+        *(
+            (envelope_to(addressee(), addressee(attempts=number)), "a recipient's Attempts are out of range")
+            for number in (-1, -(10**400), 10**9 + 1, 10**400)
+        ),
     ],
 )
 def test_what_is_wrong_with_an_entry(envelope, problem):
@@ -3041,6 +3101,11 @@ def test_what_a_new_process_knows_from_the_file(tmp_path, text, room):
         turnstile.load()
         assert turnstile.room() == room
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_note_with_too_many_digits_is_none():
+    assert spoolgore.note_of("+1\n") and not spoolgore.note_of(f"+{'9' * 5000}\n")
+    assert not spoolgore.note_of(f"-{'9' * 5000} 1.0\n") and not spoolgore.note_of(f"-1 {'9' * 5000}.0\n")
 
 
 def test_the_file_does_not_grow_for_ever(tmp_path):
@@ -4136,7 +4201,7 @@ def test_fail5xx_is_not_for_what_is_the_relays_own(spool, scripted, run, stage):
     assert daemon.status_code == 75 and names(spool) == ["m1"] and given_up(spool) == []
     recipient = daemon.recipients("m1")["a@x.org"]
     assert (recipient["Status"], recipient["Attempts"]) == (0, 0)
-    assert recipient["Error"].endswith("5.7.0 go away")
+    assert recipient["Error"].endswith("5.7.0 go away" if stage != "AUTH" else "5.7.0 in reply to AUTH PLAIN")
 
 
 @pytest.mark.parametrize("text, reason", [
@@ -5433,7 +5498,7 @@ def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, star
     for line in daemon.log.items:
         moment = time.strptime(line[:20], "%Y/%m/%d %H:%M:%S ")
         assert abs(time.mktime(moment) - time.time()) < 3600
-    m1, other = f"{spool}/m1", f"{spool}/line break"
+    m1, other = f"{spool}/m1", f'"{spool}/line\\nbreak"'
     expected = [
         f"--- starting Spoolgore (pid: {daemon.process.pid}) on directory {spool} ---",
         f"{m1} sending mail to a@x.org attempt: 0",
@@ -5451,6 +5516,59 @@ def test_the_log_has_the_format_and_the_words_of_the_original(spool, relay, star
     ]
     assert sorted(daemon.lines) == sorted(expected)
     assert [line for line in daemon.lines if "m1" in line] == [line for line in expected if "m1" in line]
+
+
+@pytest.mark.parametrize(
+    "path, shown",
+    [
+        ("/spool/m1", "/spool/m1"),
+        ("/spool/grüße-1.eml", "/spool/grüße-1.eml"),
+        ("/spool/back\\slash'", "/spool/back\\slash'"),
+        ("/spool/m1 successfully sent to ceo@x.org", '"/spool/m1 successfully sent to ceo@x.org"'),
+        ('/spool/a"b', '"/spool/a\\"b"'),
+        ("/spool/a\nb\x1b[2J", '"/spool/a\\nb\\u001b[2J"'),
+        ("/spool/a\u202eb", '"/spool/a\u202eb"'),
+        ("/spool/a\u00a0b", '"/spool/a\u00a0b"'),
+    ],
+)
+def test_a_path_in_the_log_is_taken_for_nothing_else(path, shown, logged):
+    assert spoolgore.named(path) == shown
+    spoolgore.log(spoolgore.named(path))
+    assert all(line.isprintable() for line in logged())
+
+
+def test_a_name_that_looks_like_a_line_of_the_log(spool, status, logged):
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    name = "m1 successfully sent to ceo@x.org"
+    for text in ("garbage\n", mail(None), mail("a@x.org")):
+        (spool / name).write_text(text)
+        handle(spooler, name)
+    put(spool, name, mail("a@x.org"))
+    spooler.relay.send = lambda *_: {"a@x.org": spoolgore.Outcome(spoolgore.Verdict.DEFERRED, "450 no")}
+    status.written = math.inf
+    handle(spooler, name)
+    assert len(logged()) == 8 and logged()[-1] == f'"{spool}/{name}" moved to "{spool}/.failed/{name}"'
+    assert all(line.startswith(f'"{spool}/{name}" ') for line in logged())
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_mail_does_not_steer_the_terminal_that_it_is_printed_on(is_terminal):
+    content = b"To: a@x.org\nSubject: x\n\tfolded\n\n\x1b]0;title\x07 \x9b2J gr\xc3\xbc\xc3\x9fe \xc2\x9b1m\n"
+    ours, theirs = os.openpty() if is_terminal else os.pipe()[::-1]
+    if is_terminal:
+        ours, theirs = theirs, ours
+        attributes = termios.tcgetattr(ours)
+        attributes[1] &= ~termios.OPOST  # no CR before an LF
+        termios.tcsetattr(ours, termios.TCSANOW, attributes)
+    with open(ours, "wb", buffering=0) as stream, open(theirs, "rb", buffering=0) as reader:
+        outcomes = spoolgore.Printer(stream).send("app@x.org", ["a@x.org"], read_message(content))
+        printed = b""
+        while not printed.endswith(b"m\n\n"):
+            printed += reader.read(4096)
+    assert outcomes["a@x.org"].verdict is spoolgore.Verdict.DELIVERED
+    escaped = rb"\x1b]0;title\x07 \x9b2J gr" + "üße".encode() + rb" \x9b1m" + b"\n"
+    shown = content.partition(b"\n\n")[0] + b"\n\n" + escaped if is_terminal else content
+    assert printed == b"MAIL FROM:<app@x.org>\nRCPT TO:<a@x.org>\n\n" + shown + b"\n"
 
 
 def test_nothing_is_said_again_at_every_scan(spool, tmp_path, start, pulse):
@@ -5629,6 +5747,7 @@ MALFORMED = {  # an entry that an edit left, and what is said of it
     "words": (envelope_to(addressee(status="done")), "a recipient's Status is missing or of the wrong type"),
     "time": (envelope_to(addressee(moment="tomorrow")), "not a time: tomorrow"),
     "half": (envelope_to({"Address": "a@x.org"}), "a recipient's Status is missing or of the wrong type"),
+    "far": (envelope_to(addressee(attempts=-(10**400))), "a recipient's Attempts are out of range"),
 }
 
 
@@ -5658,6 +5777,40 @@ def test_malformed_entries_hold_their_mails_and_stop_nobody(spool, relay, start,
     assert daemon.stop() == 0
     assert daemon.status() == {"garbage": [1]}
     assert asked_for(relay.recorder) == sorted(f"{name}@x.org" for name in [*MALFORMED, "fine"])
+
+
+def test_a_number_with_too_many_digits_harms_its_own_mail_only(spool, relay, run):
+    """Python reads none of more than 4,300 digits; and no file has the names of the other entries."""
+    for name in ("endless", "fine"):
+        put(spool, name, mail("done@x.org, open@x.org"))
+    both = envelope_to(addressee("done@x.org", status=2), addressee("open@x.org"))
+    write_entries(spool, {"endless": both, "fine": both, "\ud800": both, "nul\0": both, ".failed/\udfff": both})
+    path = spool / ".spoolgore.js"
+    path.write_text(path.read_text().replace('"Attempts": 0', f'"Attempts": -{"9" * 5000}', 1))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    assert daemon.status_code == 75 and asked_for(relay.recorder) == ["open@x.org"]
+    held = "is held, its entry in the status file is malformed: a recipient's Attempts"
+    assert len([line for line in daemon.lines if line.startswith(f"{spool}/endless {held}")]) == 1
+    assert names(spool) == ["endless"] and "9" * 5000 in path.read_text() and list(daemon.status()) == ["endless"]
+
+
+def test_an_outcome_is_kept_whatever_another_one_s_leads_to(spool, status, monkeypatch, logged):
+    def fails(recipient, error, now):
+        raise OverflowError("made up \x1b[31m")
+
+    monkeypatch.setattr(spoolgore, "deferred", fails)
+    put(spool, "m1", mail("bad@x.org, good@x.org", Cc="late@x.org"))
+    spooler = spooler_of(spool, status)
+    verdicts = {"bad@x.org": "DEFERRED", "good@x.org": "DELIVERED", "late@x.org": "DEFERRED"}
+    outcomes = {address: spoolgore.Outcome(spoolgore.Verdict[name], "4xx") for address, name in verdicts.items()}
+    spooler.relay.send = lambda sender, addresses, message: outcomes
+    handle(spooler, "m1")
+    envelope = entry_of(status, str(spool / "m1"))
+    assert [each["Status"] for each in spoolgore.recipients(envelope)] == [0, 2, 0]
+    assert (state_in(spooler, "m1"), spooler.queue.mails[str(spool / "m1")].due) == (spoolgore.RESTING, NOW + 60)
+    assert any("successfully sent to good@x.org" in line for line in logged())
+    assert any(line.endswith("OverflowError: made up \\x1b[31m") for line in logged())  # of a traceback, too
+    assert all(re.match(r"\d{4}/\d\d/\d\d ", line) for line in spoolgore.log.stream.getvalue().splitlines())
 
 
 # ---------------------------------------------------------- faults of the relay
@@ -5961,7 +6114,7 @@ def test_a_refused_login_is_tried_once_and_not_for_each_mail(spool, scripted, st
     for number in range(100):
         put(spool, f"m{number}", mail())
     daemon = start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", "old", "-concurrency", 20)
-    error = f"{relay.address}: 535 5.7.8 no"
+    error = f"{relay.address}: 535 5.7.8 in reply to AUTH PLAIN"
     daemon.wait_for(f"relay unavailable, {error}")
     wait_until(lambda: [e["To"][0]["Error"] for e in daemon.status().values()] == [error] * 100)
     assert len(relay.connections.items) == 1
@@ -7214,6 +7367,40 @@ def test_relays_are_always_verified_with_tls_1_2_at_least(certificates):
         context = spoolgore.tls_context(options_of(*argv, "spool"))
         assert context.check_hostname and context.verify_mode is ssl.CERT_REQUIRED
         assert context.minimum_version is ssl.TLSVersion.TLSv1_2
+        assert not context.hostname_checks_common_name and context.options & ssl.OP_NO_RENEGOTIATION
+
+
+def test_a_common_name_is_no_host_name(relay_with, certificates):
+    """Nobody checks what an authority writes there."""
+    relay = relay_with(ssl_context=certificates.server(certificates.authority.issue("localhost")))
+    with pytest.raises(OSError, match="Hostname mismatch|no appropriate|not valid for 'localhost'"):
+        dial(f"localhost:{relay.port}", "-tls", "smtps", "-tlsca", str(certificates.ca))
+
+
+@pytest.mark.parametrize(
+    "host, flags",
+    [
+        ("mail.example.org.", []),
+        ("bücher.example", []),
+        ("Bücher。example.", []),
+        ("127.0.0.1", ["-tlsname", "mail.example.org."]),
+    ],
+)
+def test_hosts_whose_names_are_written_in_another_way(relay_with, certificates, host, flags):
+    relay = relay_with(
+        ssl_context=certificates.server(
+            certificates.authority.issue("written", "mail.example.org", "xn--bcher-kva.example")
+        )
+    )
+    options = options_of("-tls", "smtps", "-tlsca", str(certificates.ca), "-smtpaddr", f"{host}:465", *flags, "spool")
+    with socket.create_connection(("127.0.0.1", relay.port), PATIENCE) as sock:
+        connection = spoolgore.Connection(sock, options.smtpaddr[0], PATIENCE)
+        spoolgore.Security(options, {}).encrypt(connection)
+        assert connection.encrypted and connection.reply().code == 220
+
+
+def test_a_host_of_full_width_letters_is_dialled(scripted):
+    assert dial(f"ｌｏｃａｌｈｏｓｔ:{scripted(host='').port}").buffer == b""
 
 
 @pytest.mark.parametrize("kind", ["starttls", "smtps"])
@@ -7386,10 +7573,10 @@ def test_plain_that_is_offered_and_not_known(scripted, code):
     }
     environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret"}
     if code == 535:
-        with pytest.raises(spoolgore.LoginRefused, match="535 5.5.4 what?"):
+        with pytest.raises(spoolgore.LoginRefused, match="^535 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", environ=environ)
     else:
-        with pytest.raises(spoolgore.LoginRefused, match=f"{code} 5.5.4 what?"):
+        with pytest.raises(spoolgore.LoginRefused, match=f"^{code} 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", "-smtpauth", "plain", environ=environ)
         answers = iter([b"%d 5.5.4 what?\r\n" % code, b"334 VXNlcm5hbWU6\r\n"])
         dial(relay.address, "-smtpuser", "app", environ=environ).close()
@@ -7426,7 +7613,10 @@ def test_a_password_stays_here_without_tls(spool, run, scripted):
     for mechanism in ("", "xoauth2"):
         assert_relay_at_fault(run(*flags, "-smtpauth", mechanism), "unencrypted connection")
     assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
-    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "535 5.7.8 no")  # this one does not send it
+    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5"), "CRAM-MD5 is done in the clear with -tls off only")
+    assert not any(b"AUTH" in line for conversation in relay.connections.items for line in conversation.commands)
+    assert_relay_at_fault(run(*flags, "-smtpauth", "cram-md5", "-tls", "off"), "535 5.7.8 in reply to AUTH CRAM-MD5")
+    assert_relay_at_fault(run(*flags, "-tls", "off"), "unencrypted connection")
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.0.0.2"])
@@ -7503,6 +7693,24 @@ def test_a_password_command_that_is_no_help(command, text):
     assert "s3cret" not in str(problem.value)
 
 
+def test_what_a_password_command_gets_and_says(monkeypatch, logged):
+    """Neither our passwords, nor the service manager, nor our standard input; and it writes to the log as we do."""
+    for name in ("SPOOLGORE_SMTPPASSWORD", "SPOOLGORE_OTHER", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"):
+        monkeypatch.setenv(name, "/ours/alone")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials")
+    command = r"cat; env | grep -c /ours; printf '\033[31mred\n\377\nlast' >&2; echo $CREDENTIALS_DIRECTORY >&2"
+    assert spoolgore.first_line_of(command, PATIENCE) == "0"
+    said = [r"\x1b[31mred", "\ufffd", "last/run/credentials"]
+    assert logged() == [f"password command: {line}" for line in said]
+    assert spoolgore.first_line_of("yes complaint 2>&1 >&- | head -1 >&2; yes no | head -9999 >&2; echo x", 30) == "x"
+    assert len(logged()) == 3 + spoolgore.REPLY_LINES
+
+
+def test_a_password_command_whose_child_keeps_its_standard_error(logged):
+    assert spoolgore.first_line_of("sleep 5 >/dev/null & echo why >&2; echo x", PATIENCE) == "x"
+    assert logged() == ["password command: why"]
+
+
 def test_a_password_command_that_hangs(spool, run, scripted):
     relay = scripted(["AUTH PLAIN"])
     put(spool, "m1", mail())
@@ -7543,11 +7751,99 @@ def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, len
 
     said, secret = [], "ya29.a-token_that-is-long-enough-to-be-cut-and-is-secret-all-the-same"
     relay = scripted([f"AUTH {mechanism.upper()}"], serve=serve)
-    with pytest.raises(spoolgore.LoginRefused) as refusal:
+    with pytest.raises(spoolgore.LoginRefused, match=f"^535 5.7.8 in reply to AUTH {mechanism.upper()}$"):
         dial(relay.address, "-smtpuser", "app", "-smtpauth", mechanism, "-smtppassword", secret)
-    shown = str(refusal.value)
-    assert shown.startswith("535 5.7.8 bad: ") and shown.endswith("5.7.8 of ***")
-    assert not [sent for sent in (secret, *b" ".join(said).decode().split()) if len(sent) > 10 and sent[:20] in shown]
+
+
+@pytest.mark.parametrize(
+    "reply, text",
+    [
+        (b"s3cret-word in no reply\r\n", "^not an SMTP reply: ...$"),
+        (b"535-5.7.8 s3cret-word\r\n" * 300, "^a reply of more than 250 lines: ...$"),
+        (b"535 5.s3cret-word\r\n", "^535 in reply to AUTH PLAIN$"),
+        (b"334 \r\n250 s3cret-word\r\n", "^the relay said more than it was asked for: ...$"),
+        (b"421 4.3.2 s3cret-word\r\n", "^421 4.3.2 in reply to AUTH PLAIN$"),
+    ],
+)
+def test_nothing_is_quoted_of_what_a_relay_says_to_a_login(scripted, reply, text):
+    relay = scripted(["AUTH PLAIN"])
+    relay.replies = {"AUTH": reply}
+    with pytest.raises(spoolgore.RelayError, match=text):
+        dial(relay.address, "-smtpuser", "app", "-smtppassword", "s3cret-word")
+
+
+@pytest.mark.parametrize("mechanism", ["plain", "login", "cram-md5", "xoauth2"])
+@pytest.mark.parametrize("secret", ["s3cret-word", "Tr0ub4dor&3 Zür", "t\u00f6p \udcff9Q", "ya29.a0AfH6SMBx-" * 20])
+def test_a_relay_that_repeats_secrets_after_the_login(scripted, logged, mechanism, secret):
+    """In any reply, whole or in part, plain or in base64; and in all that it says to the next connection, too."""
+    sent, octets = [], spoolgore.octets_of(secret)
+
+    def on_AUTH(conversation, line):
+        sent.extend(line.split()[2:])
+        for _ in range({"login": 2, "cram-md5": 1}.get(mechanism, 0)):
+            conversation.send(b"334 PDFAeD4=\r\n")
+            sent.append(conversation.line())
+        conversation.send(b"235 2.7.0 welcome\r\n")
+
+    def serve(conversation):
+        conversation.on_AUTH = functools.partial(on_AUTH, conversation)
+        conversation.greet() if not sent else conversation.send(b"421 4.3.2 %s" % repeated())
+        while conversation.command():
+            pass
+
+    def repeated(line=b""):
+        tokens = [*sent, octets, octets[: len(octets) * 2 // 3], octets.upper(), b"=" + octets[len(octets) // 3 :]]
+        tokens += [base64.b64encode(b"x" * skip + octets)[:60] for skip in range(4)]
+        tokens += [base64.b64decode(sent[-1]).split()[-1]] if mechanism == "cram-md5" else []
+        return b"4.7.1 no [%s]\r\n" % b"] [".join(tokens)
+
+    def hides(text):
+        shown = re.sub(r"\*\*\*", "", text)
+        plain, encoded = octets.decode("utf-8", "replace").lower(), [word.decode().lower() for word in sent]
+        for form in (plain, *encoded, base64.b64encode(octets).decode().lower()):
+            parts = [form[start : start + 8] for start in range(max(1, len(form) - 7))]
+            assert not [part for part in parts if part in shown.lower()], text
+        return "4.7.1 no [***" in text or "4.3.2 4.7.1 no [***" in text
+
+    relay = scripted(["8BITMIME", f"AUTH {mechanism.upper()}"], serve=serve)
+    flags = ["-smtpuser", "application", "-smtpauth", mechanism, "-smtppassword", secret]
+    options = options_of("-timeout", "30", "-helo", "x.org", "-smtpaddr", relay.address, *flags, "spool")
+    security = spoolgore.Security(options, {})
+    connection = spoolgore.dial(options.smtpaddr[0], options.timeout, security)
+    for verb, code in (("MAIL", b"550"), ("RCPT", b"450"), ("DATA", b"554")):
+        relay.replies = {verb: lambda line, code=code: code + b" " + repeated()}
+        message = read_message(mail().encode())
+        outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+        assert outcome.text.startswith(code.decode()) and hides(outcome.text)
+    relay.replies = {"DATA": lambda line: b"354 go\r\n250 " + repeated()}
+    with contextlib.suppress(spoolgore.Repeat):
+        outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+        assert hides(outcome.text)
+    assert all(map(hides, logged()))
+    connection.close()
+    with pytest.raises(spoolgore.RelayError) as problem:
+        spoolgore.dial(options.smtpaddr[0], options.timeout, security)
+    assert hides(str(problem.value))
+
+
+@pytest.mark.parametrize(
+    "text, secret, wanted",
+    [
+        ("550 5.1.1 no such user: app", "s3cret-word", "550 5.1.1 no such user: app"),
+        ("550 s3cret-word and s3cret", "s3cret-word", "550 *** and ***"),
+        ("550 S3CRET-WORD", "s3cret-word", "550 ***"),
+        ("550 ab abc abcd", "abcd", "550 ab abc ***"),
+        ("550 a bc abc", "abc", "550 a bc ***"),
+        ("550 no bc", "bc", "550 no bc"),  # that is no secret, it stands everywhere
+        ("550 dXNlcgBzM2NyZXQtd29yZA", "s3cret-word", "550 dXNlcgB***"),  # of "user", NUL and the password
+        ("550 " + "x" * 2000, "s3cret-word", "550 " + "x" * 1020),
+        ("550 " + "ü" * 2000, "s3cret-word", "550 " + "ü" * 510),
+        ("550 İ s3cret-word", "s3cret-word", "550 İ ***"),
+        ("550 nothing", "", "550 nothing"),
+    ],
+)
+def test_what_is_kept_of_an_error(text, secret, wanted):
+    assert spoolgore.redacted(text, spoolgore.secrets_of(secret)) == wanted
 
 
 @pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
@@ -7563,7 +7859,8 @@ def test_a_permanent_reply_to_anything_but_the_mail_is_the_relay_s_fault(spool, 
         relay.replies["HELO"] = relay.replies["EHLO"]
     put(spool, "m1", mail())
     flags = ["-once", "-fail5xx", "-attempts", 1, "-smtpuser", "app", "-smtppassword", "s3cret", "-tlsname", "x.org"]
-    assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), "554 5.7.1 refused here")
+    text = "554 5.7.1 in reply to AUTH PLAIN" if verb == "AUTH" else "554 5.7.1 refused here"
+    assert_relay_at_fault(run(*flags, "-smtpaddr", relay.address), text)
 
 
 # -- CHUNKING, PIPELINING and SIZE at Postfix
@@ -7683,8 +7980,8 @@ def refusing(replies):
         (greeting(b"421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
         (greeting(b"554 5.7.1 go away\r\n"), "554 5.7.1 go away"),
         (refusing({"EHLO": b"451 4.3.0 busy\r\n", "HELO": b"451 4.3.0 busy\r\n"}), "451 4.3.0 busy"),
-        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 who?"),
-        (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 later"),
+        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 in reply to AUTH PLAIN"),
+        (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 in reply to AUTH PLAIN"),
     ],
 )
 def test_the_next_relay_is_used_while_one_is_no_good(spool, run, scripted, serve, text):
@@ -7876,6 +8173,60 @@ def test_every_line_of_a_reply_stands_in_the_error(spool, run, scripted, verb):
 
 
 # -- -rate
+
+
+class Dripping:
+    """A socket that gives one octet at a time, for ever."""
+
+    def __init__(self, text):
+        self.octets = itertools.cycle(text[number : number + 1] for number in range(len(text)))
+        self.count = 0
+
+    def recv(self, _size):
+        self.count += 1
+        return next(self.octets)
+
+
+@pytest.mark.parametrize(
+    "text, count, problem",
+    [(b"x", 65_537, "not an SMTP reply: xxx"), (b"250-\n", 505, "a reply of more than 100 lines: 250-")],
+)
+def test_a_reply_that_drips_costs_next_to_nothing(text, count, problem):
+    connection = spoolgore.Connection(Dripping(text), "relay", PATIENCE)
+    connection.watched, connection.most_lines = True, spoolgore.REPLY_LINES
+    started = time.thread_time()
+    with pytest.raises(spoolgore.RelayError, match=problem):
+        connection.reply()
+    assert connection.sock.count == count
+    assert time.thread_time() - started < 10  # it was 49 s
+
+
+@pytest.mark.parametrize("verb, most", [("NOOP", 100), ("EHLO", 250)])
+@pytest.mark.parametrize("more", [0, 1])
+def test_so_many_lines_a_reply_may_have(scripted, verb, most, more):
+    def ask():
+        with contextlib.closing(connection_to(relay)) as connection:
+            connection.watch()
+            connection.send(b"NOOP\r\n")
+            return connection.reply()
+
+    relay = scripted()
+    relay.replies = {"NOOP": b"250 fine\r\n", verb: b"250-fine\r\n" * (most + more - 1) + b"250 fine\r\n"}
+    if more:
+        with pytest.raises(spoolgore.RelayError, match=f"a reply of more than {most} lines: 250-fine"):
+            ask()
+    else:
+        assert ask().ok
+
+
+def test_of_an_error_1_kb_is_kept(spool, run, scripted):
+    relay = scripted()
+    relay.replies = {"RCPT": b"550-5.1.1 %s\r\n" % (b"long " * 100) * 90 + b"550 5.1.1 end\r\n"}
+    put(spool, "m1", mail("a@x.org"))
+    daemon = run("-once", "-smtpaddr", relay.address)
+    error = only_recipient(daemon)["Error"]
+    assert error.startswith("550 5.1.1 long long ") and len(error) == 1024
+    assert max(map(len, daemon.lines)) < 1200
 
 
 class TimedRelay(ScriptedRelay):
@@ -8285,14 +8636,20 @@ def test_secrets_are_nowhere(spool, scripted, start, flags, environ):
     relay = scripted(["AUTH PLAIN LOGIN CRAM-MD5 XOAUTH2"], serve=refuse_and_repeat)
     put(spool, "m1", mail())
     daemon = start("-smtpaddr", relay.address, *flags, env=environ)
-    daemon.wait_for("relay unavailable, .*535 5.7.8 refused")
+    daemon.wait_for("relay unavailable, .*535 5.7.8 in reply to AUTH")
     assert daemon.stop() == 0
-    assert "535 5.7.8 refused" in daemon.recipients("m1")["alice@example.org"]["Error"]
+    assert "535 5.7.8 in reply to AUTH" in daemon.recipients("m1")["alice@example.org"]["Error"]
     files = [path.read_text() for path in spool.iterdir()]
     written = "\n".join([*daemon.lines, *files])
     words = [word[: len(word) // 4 * 4] for word in re.findall(r"[A-Za-z0-9+/]{8,}", written)]
     assert PASSWORD not in written and not any(PASSWORD.encode() in base64.b64decode(word) for word in words)
     assert has_only_log_lines(daemon)
+
+
+def test_the_daemon_leaves_no_core(spool, relay, start):
+    daemon = start("-smtpaddr", relay.address)
+    (limit,) = re.findall("Max core file size +(\\d+) +(\\d+)", Path(f"/proc/{daemon.process.pid}/limits").read_text())
+    assert limit == ("0", "0")
 
 
 def test_what_the_daemon_makes_is_for_its_owner_only(spool, relay, start):
