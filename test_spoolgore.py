@@ -230,6 +230,15 @@ def mail(to="alice@example.org", sender="app@example.org", body="Hello.\n", **fi
     return "".join(f"{name}: {value}\n" for name, value in lines.items() if value is not None) + "\n" + body
 
 
+ADDED_DATE = rb"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d \+0000\r?\n"
+ADDED_ID = rb"Message-ID: <[0-9a-f]{32}@[^<>@\r\n]+>\r?\n"
+
+
+def as_spooled(content):
+    """What was received, less what was added at its top."""
+    return re.sub(rb"\A(?:%s)?(?:(?:From: [^\r\n]+\r?\n)?%s)?" % (ADDED_DATE, ADDED_ID), b"", content)
+
+
 def names(spool):
     """The mails that are in the spool."""
     return sorted(name for name in os.listdir(spool) if not name.startswith("."))
@@ -1432,6 +1441,194 @@ def test_size_is_exact_when_the_mail_is_held_whole():
     assert list(streamed.content()) and b"".join(streamed.content()) == b"".join(streamed.content())
 
 
+# ------------------------------------------ envelope lines, and what is missing
+
+
+ENVELOPES = [  # lines at the top; sender and recipients, None for those of the header
+    ("X-Sender: s@x.org\nX-Receiver: r@x.org\n", "s@x.org", ["r@x.org"]),
+    ("x-receiver:<r@x.org>\r\nX-RECEIVER :\t q@X.org \t\r\nX-sender: <s@x.org>\r\n", "s@x.org", ["r@x.org", "q@X.org"]),
+    ("X-Sender: <>\n", "", None),
+    ("X-Sender: s@x.org\n", "s@x.org", None),
+    ("X-Receiver: root\nX-Receiver: root\nX-Receiver: r@x.org\nX-Receiver: r@X.ORG\n", None, ["root", "r@x.org"]),
+    ("X-Sender: www-data\n", "www-data", None),
+    ('X-Receiver: "a b"@x.org\nX-Receiver: jörg@bücher.example\n', None, ['"a b"@x.org', "jörg@bücher.example"]),
+    ("X-Receiver: =?utf-8?q?j=C3=B6rg?=@x.org\n", None, ["jörg@x.org"]),
+    ("\ufeffX-Receiver: r@x.org\n", None, ["r@x.org"]),
+    ("From app@x.org Mon Jan  1\nX-Receiver: r@x.org\n", None, ["r@x.org"]),
+    ("X-Mailer: y\nX-Sender: s@x.org\nX-Receiver: r@x.org\n", None, None),
+    ("Received: y\nX-Receiver: r@x.org, q\nX-Receiver:\n", None, None),
+    ("X-Sender-Id: y\n", None, None),
+    (
+        "".join(f"X-Receiver: r{number}@x.org\n" for number in range(10_000)),
+        None,
+        [f"r{n}@x.org" for n in range(10_000)],
+    ),
+]
+
+
+@pytest.mark.parametrize("more", [0, STREAMED])
+@pytest.mark.parametrize("top, sender, receivers", ENVELOPES)
+def test_the_first_lines_may_be_the_envelope(top, sender, receivers, more):
+    rest = "From: A <a@x.org>\nTo: b@x.org\nBcc: c@x.org\n\nX-Receiver: in the body\n"
+    message = read_message(top + rest, len((top + rest).encode()) + more)
+    named = (
+        {"To": ["b@x.org"], "Cc": [], "Bcc": ["c@x.org"]}
+        if receivers is None
+        else {"To": receivers, "Cc": [], "Bcc": []}
+    )
+    assert message.recipients == named
+    assert (message.sender, message.from_field) == (
+        ("a@x.org", "A <a@x.org>") if sender is None else (sender, sender or "<>")
+    )
+    kept = top if sender is receivers is None else ""
+    content = b"".join(message.content())
+    assert content.decode() == (kept + rest).replace("Bcc: c@x.org\n", "").replace("\n", "\r\n")
+    assert message.whole is None or message.size == len(content)
+
+
+@pytest.mark.parametrize(
+    "header", ["From: root\nTo: nobody, Jo <", "Resent-To: a@x.org\nResent-To: b@x.org\nFrom: (", ""]
+)
+def test_with_an_envelope_the_address_fields_are_only_header(header):
+    message = read_message(
+        f"X-Sender: s@x.org\nX-Receiver: r@x.org\n{header}\nSubject: y\n\nHello.\n".replace("\n\nS", "\nS")
+    )
+    assert (message.sender, message.recipients["To"]) == ("s@x.org", ["r@x.org"])
+
+
+@pytest.mark.parametrize(
+    "top, reason",
+    [
+        ("X-Sender: s@x.org\nX-Receiver: r@x.org\nx-sender: s@x.org\n", '"X-Sender" header: twice'),
+        (
+            "X-Receiver: r@x.org\nX-Receiver: q@x.org, p@x.org\n",
+            '"X-Receiver" header: bad local part: "q@x.org, p@x.org"',
+        ),
+        ("X-Receiver:\nX-Receiver: r@x.org\n", '"X-Receiver" header: bad local part: ""'),
+        ("X-Receiver: <>\n", '"X-Receiver" header: bad local part: "<>"'),
+        ("X-Receiver: r@x.org\n \nX-Sender: s@x.org\n", '"X-Receiver" header: bad domain: '),
+        ("X-Receiver:\n r@x.org\n", '"X-Receiver" header: bad local part: '),
+        ("X-Sender: s@x.org\n , r@x.org\n", '"X-Sender" header: bad local part: '),
+        ("X-Sender: s<t@x.org\n", '"X-Sender" header: bad local part: '),
+        ("X-Receiver: <r@x.org\n", '"X-Receiver" header: bad local part: "<r@x.org"'),
+        ("X-Receiver: Joe <r@x.org>\n", '"X-Receiver" header: bad local part: "Joe <r@x.org>"'),
+        ("X-Receiver: r@x.org (Joe)\n", '"X-Receiver" header: bad domain: '),
+        ("X-Receiver: a b@x.org\n", '"X-Receiver" header: bad local part: '),
+        ("X-Receiver: r\x00@x.org\n", '"X-Receiver" header: bad local part: '),
+        ("X-Receiver: r@x.org\x1f\n", '"X-Receiver" header: bad domain: '),
+        (b"X-Receiver: j\xf6rg@x.org\n", '"X-Receiver" header: not UTF-8: "j?rg@x.org"'),
+        (f"X-Sender: {'a' * 300}@x.org\n", '"X-Sender" header: longer than 254 octets: '),
+    ],
+)
+def test_a_malformed_envelope_line_holds_the_mail(top, reason):
+    data = (top if isinstance(top, bytes) else top.encode()) + b"From: a@x.org\nTo: b@x.org\n\nHello.\n"
+    for size in (None, STREAMED):
+        with pytest.raises(spoolgore.BadMessage) as caught:
+            read_message(data, size)
+        assert str(caught.value).startswith(reason)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\nHello.\n", "\n \n"])
+def test_envelope_lines_alone_are_no_mail(end):
+    with pytest.raises(spoolgore.BadMessage, match="nothing but X-Sender and X-Receiver lines|bad domain"):
+        read_message(f"X-Sender: s@x.org\nX-Receiver: r@x.org{end}")
+
+
+def test_a_receiver_over_the_limit_is_left_to_be_given_up():
+    assert read_message(f"X-Receiver: {'a' * 300}@x.org\nTo: b@x.org\n\n").recipients["To"] == [f"{'a' * 300}@x.org"]
+
+
+@pytest.mark.parametrize("more", [0, STREAMED])
+@pytest.mark.parametrize(
+    "header, added",
+    [
+        ("To: b@x.org\n", b"%s%s"),
+        ("From: a@x.org\nDate : yesterday\n", b"%.0s%s"),
+        ("From: a@x.org\nMESSAGE-ID: <1>\n", b"%s%.0s"),
+        ("From: a@x.org\nSubject: y\n Date: no field\nMessage-Id: <1>\nX-Date: y\n", b"%s%.0s"),
+        ("From: a@x.org\ndate: y\nmessage-id: <1>\n", b"%.0s%.0s"),
+        ("X-Sender: s@x.org\nTo: b@x.org\n", b"%sFrom: s@x\\.org\r\n%s"),
+        ("X-Sender: jörg@bücher.example\nTo: b@x.org\n", "%sFrom: jörg@bücher\\.example\r\n%s".encode()),
+        ("X-Sender: s@x.org\nFrom:\n", b"%s%s"),
+        ("X-Sender: <>\nTo: b@x.org\n", b"%s%s"),
+        ("Resent-From: s@x.org\nResent-To: b@x.org\n", b"%sFrom: s@x\\.org\r\n%s"),
+        ("X-Sender: s@x.org\nDKIM-SIGNATURE : v=1\n", b"%.0s%.0s"),
+    ],
+)
+def test_what_is_missing_is_added_before_the_first_field(header, added, more):
+    data = (header + "\nHello.\n").encode()
+    message, plain = (read_message(data, len(data) + more) for _ in range(2))
+    if message.missing:
+        message.add(NOW, (1, 2, 3))
+    content, before = b"".join(message.content()), b"".join(plain.content())
+    assert content.endswith(before) and message.size - plain.size == len(content) - len(before)
+    assert re.fullmatch(added % (ADDED_DATE, ADDED_ID), content[: -len(before)])
+    assert b"Date: Tue, 24 Nov 2026 06:40:00 +0000\r\n" in content or not content.startswith(b"Date: Tue")
+
+
+@pytest.mark.parametrize(
+    "sender, domain",
+    [
+        ("s@x.org", "x.org"),
+        ('"a@b"@x.org', "x.org"),
+        ("s@bücher.example", "xn--bcher-kva.example"),
+        ("s@[192.0.2.1]", "[192.0.2.1]"),
+        ("s@x\uff1e", "machine-1.example"),
+        ("root", "machine-1.example"),
+        ("", "machine-1.example"),
+    ],
+)
+def test_the_domain_of_an_added_message_id(sender, domain, monkeypatch):
+    monkeypatch.setattr(spoolgore.socket, "gethostname", lambda: "machine>1.example")
+    first = spoolgore.new_message_id(sender, (1, 2, 3))
+    assert re.fullmatch(rb"[0-9a-f]{32}", first[1:33].encode()) and first[33:] == f"@{domain}>"
+    assert first == spoolgore.new_message_id(sender, (1, 2, 3)) != spoolgore.new_message_id(sender, (1, 2, 4))
+
+
+@pytest.mark.parametrize("size", [10, STREAMED])
+def test_added_fields_are_the_same_at_every_attempt(spool, scripted, run, start, size):
+    relay = scripted()
+    relay.replies = {"RCPT": lambda line: LATER if b"later" in line or b"r0@" in line else None}
+    receivers = "".join(f"X-Receiver: r{number}@x.org\n" for number in range(spoolgore.RECIPIENTS_PER_TRANSACTION + 1))
+    put(spool, "m", f"X-Sender: s@x.org\n{receivers}X-Receiver: later@x.org\nSubject: y\n\n{'x' * size}\n")
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("m SMTP error, mail to later@x.org")
+    daemon.kill()
+    for name in ("later", "r0"):
+        relay.replies = {"RCPT": lambda line: LATER if b"r0@" in line else None} if name == "later" else {}
+        daemon = start("-smtpaddr", relay.address)
+        daemon.send("SIGURG")
+        daemon.wait_for(f"successfully sent to {name}@x.org")
+        assert daemon.stop() == 0
+    assert len(relay.mails.items) >= 4
+    contents = {received.content for received in relay.mails.items}
+    assert {received.sender for received in relay.mails.items} == {"s@x.org"}
+    assert len({re.search(ADDED_ID, content)[0] for content in contents}) == 1 and b"X-Receiver" not in b"".join(
+        contents
+    )
+
+
+def test_mails_that_are_alike_get_message_ids_of_their_own(spool, relay, run):
+    for number in range(20):
+        put(spool, f"m{number}", mail("a@x.org"))
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert len({re.match(ADDED_DATE + ADDED_ID, received.content)[0] for received in relay.mails}) == 20
+
+
+def test_x_receivers_stand_under_to_in_the_status(spool, relay, run):
+    relay.recorder.rcpt_replies = {"root": "450 4.2.0 not now"}
+    put(
+        spool,
+        "m",
+        "X-Sender: <>\nX-Receiver: root\nX-Receiver: r@x.org\n" + mail("nobody, in particular", Cc="c@x.org"),
+    )
+    daemon = run("-once", "-smtpaddr", relay.address)
+    entry = daemon.status()["m"]
+    assert (entry["From"], [person["Address"] for person in entry["To"]]) == ("<>", ["root", "r@x.org"])
+    assert (entry["Cc"], entry["Bcc"], daemon.status_code) == ([], [], 75)
+    assert (relay.mails[0].sender, relay.mails[0].recipients) == ("<>", ["r@x.org"])
+
+
 # ---------------------------------------------- what a relay reads of a message
 
 
@@ -1685,7 +1882,8 @@ def test_hostile_headers_hold_the_mail_or_are_served_but_for_an_impossible_recip
         header = header if isinstance(header, bytes) else header.encode()
         put(spool, name, b"From: app@x.org\nSubject: %s\n" % name.encode() + header + b"\n\nHello.\n")
     daemon = run("-once", "-attempts", 1, "-smtpaddr", relay.address)
-    served = [re.match(rb"From: app@x.org\r\nSubject: ([^\r]*)", received.content)[1] for received in relay.mails.items]
+    contents = [as_spooled(received.content) for received in relay.mails.items]
+    served = [re.match(rb"From: app@x.org\r\nSubject: ([^\r]*)", content)[1] for content in contents]
     assert sorted(served) == sorted(name.encode() for name in SERVED_MAILS)
     for received in relay.mails.items:
         assert "alice@x.org" in received.recipients and not {"evil@x.org", "evil@x.org>"} & set(received.recipients)
@@ -1907,7 +2105,7 @@ def test_odd_mails_arrive_as_they_are(spool, scripted, run, extensions):
     assert daemon.status_code == 0 and names(spool) == [] and len(relay.mails.items) == len(mails)
     for recipient, data in mails.items():
         expected, _ = as_sent(data)
-        assert received[recipient].content == expected, data[:200]
+        assert as_spooled(received[recipient].content) == expected, data[:200]
         assert received[recipient].recipients == [recipient] or b"secret@example.org" in data
 
 
@@ -4173,7 +4371,8 @@ def test_a_file_that_is_changed_in_mid_transaction_to_another_of_its_size_is_ano
     sent = relay.wait_for(2)
     wait_until(lambda: names(spool) == [])
     assert daemon.stop() == 0 and len(relay.mails.items) == 2
-    assert [received.content for received in sent] == [content_of(text.encode()) for text in (first, second)]
+    contents = [as_spooled(received.content) for received in sent]
+    assert contents == [content_of(text.encode()) for text in (first, second)]
 
 
 def test_who_has_a_renamed_mail_is_known_after_a_kill(spool, scripted, start):
@@ -4967,7 +5166,8 @@ def test_the_printer(spool):
     put(spool, "m2", mail("c@x.org", sender=""))
     done = spoolgore_run("-once", "-smtpaddr", "-", spool)
     assert (done.returncode, names(spool)) == (0, [])
-    assert done.stdout == (
+    parts = [as_spooled(part.encode()).decode() for part in done.stdout.split("\n\n")]
+    assert "\n\n".join(parts) == (
         "MAIL FROM:<app@x.org>\nRCPT TO:<a@x.org>\nRCPT TO:<b@x.org>\n\n"
         "From: App <app@x.org>\nTo: Alice <a@x.org>\nSubject: a test\n\n.\nGrüße\n\n"
         "MAIL FROM:<>\nRCPT TO:<c@x.org>\n\nFrom: \nTo: c@x.org\nSubject: a test\n\nHello.\n\n"
@@ -6386,7 +6586,7 @@ def discard(talk):
 
 def test_large_mails_are_streamed(spool, scripted, start):
     relay = scripted(("PIPELINING", "CHUNKING"), serve=discard)
-    text = mail(body="a line of thirty-two octets.....\n" * 2**20).encode()
+    text = mail(body="a line of thirty-two octets.....\n" * 2**20, Date="y", **{"Message-ID": "<1>"}).encode()
     for number in range(4):
         (spool / f"m{number}").write_bytes(text)
     daemon = start("-smtpaddr", relay.address)
