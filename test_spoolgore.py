@@ -8357,7 +8357,7 @@ def test_readme_shell_recipe(spool, relay, run):
     assert relay.mails[0].content.endswith(b"Subject: Backup done\r\n\r\nAll fine.\r\n")
 
 
-def test_readme_python_recipe(spool, relay, run):
+def test_readme_python_recipe(spool):
     from email.message import EmailMessage
 
     recipe = {}
@@ -8366,27 +8366,291 @@ def test_readme_python_recipe(spool, relay, run):
     message["From"], message["To"] = "app@example.org", "you@example.org"
     message.set_content("Grüße.\n")
     recipe["spool"](message, str(spool))
-    assert run("-once", "-smtpaddr", relay.address).status_code == 0
-    assert "Grüße.\r\n".encode() in relay.mails[0].content
+    ((_, recipients, content),) = spooled(spool)
+    assert recipients == ["you@example.org"] and "Grüße.\r\n".encode() in content
+    message.as_bytes = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        recipe["spool"](message, str(spool))
+    assert not os.listdir(spool)
 
 
-def test_readme_php_recipe(spool, relay, run):
+PHP_RECIPES = {  # what the directory is, and what the function does to it
+    "a spool": ("mkdir('drop');", ""),
+    "not there": ("", "cannot write to drop"),
+    "a file": ("touch('drop');", "cannot write to drop"),
+}
+
+
+@pytest.mark.parametrize("name", PHP_RECIPES)
+def test_readme_php_recipe(name, tmp_path):
     demand("php")
-    program = f"<?php {readme_block('php', 'function spool_mail')}"
-    subprocess.run(["php"], input=program.encode(), cwd=spool.parent, check=True)
-    assert run("-once", "-smtpaddr", relay.address).status_code == 0
-    assert relay.mails[0].content.endswith(b"\r\n\r\nThank you.\r\n")
-
-
-def test_readme_django_recipe(spool, relay, run, tmp_path):
-    (tmp_path / "spool_backend.py").write_text(readme_block("python", "import os\nimport tempfile"))
-    (tmp_path / "site.py").write_text(
-        "from django.conf import settings\n"
-        f"settings.configure(EMAIL_BACKEND='spool_backend.SpoolBackend', EMAIL_SPOOL={str(spool)!r})\n"
-        "from django.core.mail import EmailMessage\n"
-        "EmailMessage('s', 'b', 'shop@example.org', ['a@example.org'], bcc=['hidden@example.org']).send()\n"
+    prepare, reason = PHP_RECIPES[name]
+    recipe = readme_block("php", "function spool_mail").replace("'spool'", "'drop'")
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["php"], input=f"<?php {prepare} {recipe}".encode(), cwd=tmp_path, env=environ, capture_output=True
     )
-    subprocess.run([sys.executable, str(tmp_path / "site.py")], cwd=tmp_path, check=True)
+    assert (reason or "Fatal error").encode() in done.stdout if reason else not done.stdout
+    if not reason:
+        assert [entry[1:] for entry in spooled(tmp_path / "drop")] == [
+            (
+                ["you@example.org"],
+                content_of("From: shop@example.org\nTo: you@example.org\nSubject: Order\n\nThank you.\n"),
+            )
+        ]
+    assert [entry for entry in os.listdir(tmp_path) if entry != "drop"] == []  # nothing in the fallback directory
+
+
+DJANGO_MAILS = [  # arguments of EmailMessage; sender and recipients
+    ("'s', 'b', 'Shop <shop@x.org>', ['a@x.org'], bcc=['Hid <hid@x.org>']", "shop@x.org", ["a@x.org", "hid@x.org"]),
+    (
+        "'s', 'b', 'bounce@x.org', ['a@x.org'], headers={'From': 'shop@x.org', 'To': 'all@x.org'}",
+        "bounce@x.org",
+        ["a@x.org"],
+    ),
+    ("'s', 'b', 'jörg@bücher.example', ['a@x.org'], cc=['c@x.org']", "jörg@bücher.example", ["a@x.org", "c@x.org"]),
+]
+
+
+@pytest.mark.parametrize("way", ["EMAIL_BACKEND", "MAILERS"])
+def test_readme_django_recipe(spool, tmp_path, way):
+    import django
+
+    if way == "MAILERS" and django.VERSION < (6, 1):
+        pytest.skip("needs Django 6.1")
+    backend = "spool_backend.SpoolBackend"
+    settings = {"EMAIL_BACKEND": backend, "EMAIL_SPOOL": str(spool)}
+    if way == "MAILERS":
+        settings = {"MAILERS": {"default": {"BACKEND": backend, "OPTIONS": {"directory": str(spool)}}}}
+    (tmp_path / "spool_backend.py").write_text(readme_block("python", "import os\nimport tempfile"))
+    sends = "".join(f"assert EmailMessage({arguments}).send() == 1\n" for arguments, *_ in DJANGO_MAILS)
+    (tmp_path / "site.py").write_text(
+        f"from django.conf import settings\nsettings.configure(**{settings!r})\n"
+        f"from django.core.mail import EmailMessage\n{sends}"
+        "try:\n    EmailMessage('s', 'b', 'x@x.org\\nX-Receiver: evil@x.org', ['a@x.org']).send()\n"
+        "except ValueError:\n    print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, str(tmp_path / "site.py")], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    mails = sorted(spooled(spool))
+    assert [entry[:2] for entry in mails] == sorted((sender, to) for _, sender, to in DJANGO_MAILS)
+    assert done.stdout == b"refused\n" and not any(b"hid" in content.lower() for _, _, content in mails)
+    assert b"From: shop@x.org\r\nTo: all@x.org\r\n" in mails[0][2]
+
+
+def test_readme_rails_recipe(spool):
+    demand("ruby")
+    if subprocess.run(["ruby", "-e", "require 'mail'"], capture_output=True).returncode:
+        pytest.skip("needs Ruby's mail")
+    recipe = readme_block("ruby", 'require "securerandom"').partition("ActionMailer::")[0]
+    program = (
+        f"require 'mail'\n{recipe}\nmail = Mail.new(from: 'Shop <shop@x.org>', to: 'a@x.org', bcc: 'hid@x.org', body: 'b')\n"
+        "mail.smtp_envelope_from = 'bounce@x.org'\nmail.delivery_method SpoolDelivery, directory: ARGV[0]\nmail.deliver\n"
+    )
+    subprocess.run(["ruby", "-", str(spool)], input=program.encode(), check=True)
+    ((sender, recipients, content),) = spooled(spool)
+    assert (sender, sorted(recipients)) == ("bounce@x.org", ["a@x.org", "hid@x.org"]) and b"hid" not in content
+
+
+def test_what_dotnet_writes_into_its_pickup_directory(spool, relay, run):
+    (spool / "2f1c0a5e-8f0b-4c6f-9d1c-6f1a6c1b7f10.eml").write_bytes(
+        b"X-Sender: bounce@x.org\r\nX-Receiver: a@x.org\r\nX-Receiver: hid@x.org\r\nMIME-Version: 1.0\r\nFrom: shop@x.org\r\n"
+        b"To: a@x.org\r\nDate: 24 Nov 2026 06:40:00 +0000\r\nSubject: s\r\nContent-Type: text/plain; charset=us-ascii\r\n"
+        b"Content-Transfer-Encoding: quoted-printable\r\n\r\nb\r\n\r\n"
+    )
     assert run("-once", "-smtpaddr", relay.address).status_code == 0
-    assert relay.mails[0].recipients == ["a@example.org", "hidden@example.org"]
-    assert b"hidden" not in relay.mails[0].content
+    assert (relay.mails[0].sender, relay.mails[0].recipients) == ("bounce@x.org", ["a@x.org", "hid@x.org"])
+    assert b"X-" not in relay.mails[0].content
+
+
+# -- its sendmail
+
+
+def spooled(spool):
+    """(sender, recipients, content) of each mail, and the spool is empty again."""
+    found = []
+    for name in names(spool):
+        with open(spool / name, "rb") as file:
+            message = spoolgore.Message(file, os.path.getsize(spool / name))
+            recipients = [address for addresses in message.recipients.values() for address in addresses]
+            found.append((message.sender, recipients, b"".join(message.content())))
+        os.unlink(spool / name)
+    return found
+
+
+SHELLS = [["dash"], ["bash"], ["busybox", "sh"]]
+
+
+@pytest.fixture(params=SHELLS, ids=lambda shell: shell[0])
+def shell(request):
+    """A shell's command line."""
+    if request.param != ["dash"] and not shutil.which(request.param[0]):
+        pytest.skip(f"needs {request.param[0]}")
+    demand(request.param[0])
+    return request.param
+
+
+@pytest.fixture
+def sendmail(shell, spool, tmp_path):
+    """A function that runs the README's sendmail with arguments and input; script: its file, for those that start it."""
+    text = readme_block("sh", "#!/bin/sh\n# sendmail")
+    assert len(text.splitlines()) < 30 and "eval" not in text
+    script = tmp_path / "sendmail"
+    text = re.sub(r"^spool=\S+ admin=\S+$", f"spool={spool} admin=admin@x.org", text, count=1, flags=re.MULTILINE)
+    script.write_text(text.replace("#!/bin/sh", f"#!/usr/bin/env -S {' '.join(shell)}", 1))
+    script.chmod(0o755)
+
+    def runner(*arguments, text="Subject: y\n\nHello.\n", **options):
+        text = text if isinstance(text, bytes) else text.encode()
+        return subprocess.run([str(script), *arguments], input=text, capture_output=True, timeout=PATIENCE, **options)
+
+    runner.script = script
+    return runner
+
+
+TO_A = "To: a@x.org\nSubject: y\n\nHello.\n"
+SENDMAIL_CALLS = [  # arguments, input, sender, recipients, what is sent below Received
+    # as real programs call it: PHP, mutt, bsd-mailx, cron, git send-email, logwatch, nodemailer
+    ("-t -i -fbounce@x.org", "To: a@x.org, b@x.org\r\nSubject: y\r\nBcc: c@x.org\r\n\r\n.\r\n", "bounce@x.org",
+     ["a@x.org", "b@x.org", "c@x.org"], "To: a@x.org, b@x.org\nSubject: y\n\n.\n"),
+    ("-oem -oi -f me@x.org -- a@x.org b@x.org", "To: a@x.org\nBcc: d@x.org\n\n.\n", "me@x.org", ["a@x.org", "b@x.org"],
+     "To: a@x.org\n\n.\n"),
+    ("-i -t", "To: root\nSubject: y\n\nHello.\n", "admin@x.org", ["admin@x.org"], "To: admin@x.org\nSubject: y\n\nHello.\n"),
+    ("-i -FCronDaemon -B8BITMIME -oem root", "From: root (Cron Daemon)\nTo: root\n\n.\n", "admin@x.org", ["admin@x.org"],
+     "From: root (Cron Daemon)\nTo: root\n\n.\n"),
+    ("-i -FCronDaemon -B8BITMIME -oem a@x.org,b@x.org", "Subject: y\n", "admin@x.org", ["a@x.org", "b@x.org"],
+     "Subject: y\nFrom: =?utf-8?B?Q3JvbkRhZW1vbg==?= <admin@x.org>\n"),
+    ("-f me@x.org -i a@x.org b@x.org", "From: me@x.org\nTo: a@x.org\n\nHello.\n", "me@x.org", ["a@x.org", "b@x.org"],
+     "From: me@x.org\nTo: a@x.org\n\nHello.\n"),
+    ("-t", "To: root\nFrom: Logwatch\nSubject: y\n\nHello.\n", "admin@x.org", ["admin@x.org"],
+     "To: admin@x.org\nFrom: Logwatch\nSubject: y\n\nHello.\n"),
+    ("-i -f bounce@x.org r@x.org", "Bcc: hid@x.org\n\n.\nHello.", "bounce@x.org", ["r@x.org"], "\n.\nHello.\n"),
+    # the rest of what it promises
+    ("a@x.org", "Subject: y\n\n..\n. \n.\nBcc: b@x.org\n", "admin@x.org", ["a@x.org"], "Subject: y\n\n..\n. \n"),
+    ("a@x.org", "Subject: y\n.\n\nHello.\n", "admin@x.org", ["a@x.org"], "Subject: y\n"),
+    ("-ti c@x.org root", TO_A, "admin@x.org", ["a@x.org", "c@x.org", "admin@x.org"], TO_A),
+    ("-it -rme@x.org", "TO: root, b@x.org\nCc: a, @x.org\n", None, None, "'unable"),
+    ("-N never -R full -V id -bm -q15m -v -o 7 -O a=b -oQ/x -G -U -e m -h 3 -p smtp a@x.org", "A: b\n", "admin@x.org",
+     ["a@x.org"], "A: b\n"),
+    ("-f <> a@x.org", "A: b\n", "", ["a@x.org"], "A: b\n"),
+    ("-f <me@x.org> -F Jörg a@x.org", "A: b\n\n", "me@x.org", ["a@x.org"],
+     "A: b\nFrom: =?utf-8?B?SsO2cmc=?= <me@x.org>\n\n"),
+    ("-FJo a@x.org", "from: b@x.org\nX-Empty:\n\n", "admin@x.org", ["a@x.org"], "from: b@x.org\nX-Empty:\n\n"),
+    ("-f www-data a@x.org", "From me Mon Jan  1\nA: b\n", "admin@x.org", ["a@x.org"], "A: b\n"),
+    ("a@x.org", "Hello Bob: this is no header\n", "admin@x.org", ["a@x.org"], "\nHello Bob: this is no header\n"),
+    ("a@x.org", "", "admin@x.org", ["a@x.org"], ""),
+    ("-i a@x.org", b"A: \xff\x1b%s\\n$HOME`id`\n\n\x00\xff\\0%d\n-n\n", "admin@x.org", ["a@x.org"],
+     b"A: \xff\x1b%s\\n$HOME`id`\n\n\x00\xff\\0%d\n-n\n"),
+    ("a@x.org", b"A: b\n\n\xff\\0%d\n-n\n  x  \n", "admin@x.org", ["a@x.org"], b"A: b\n\n\xff\\0%d\n-n\n  x  \n"),
+    ("-i a@x.org", "X-Receiver: evil@x.org\nA: b\n", "admin@x.org", ["a@x.org"], "X-Receiver: evil@x.org\nA: b\n"),
+    ("-t", f"X-Receiver: evil@x.org\n{TO_A}", "admin@x.org", ["a@x.org"], f"X-Receiver: evil@x.org\n{TO_A}"),
+    ("-i a@x.org", " , evil@x.org\n", "admin@x.org", ["a@x.org"], "\n , evil@x.org\n"),
+    ('-i "a,b"@x.org', "A: b\n", "admin@x.org", ['"a,b"@x.org'], "A: b\n"),
+    ("-i *", "A: b\n", "admin@x.org", ["admin@x.org"], "A: b\n"),
+]  # fmt: skip
+
+
+def test_readme_sendmail_as_programs_call_it(sendmail, spool):
+    for arguments, text, sender, recipients, sent in SENDMAIL_CALLS:
+        done = sendmail(*arguments.split(), text=text)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), arguments
+        if sender is None:
+            with pytest.raises(spoolgore.BadMessage):  # held
+                spooled(spool)
+            os.unlink(spool / names(spool)[0])
+            continue
+        ((*envelope, content),) = spooled(spool)
+        assert envelope == [sender, recipients], arguments
+        received, _, rest = content.partition(b"\r\n")
+        assert re.fullmatch(rb"Received: by \S+ \(sendmail, user id \d+\); \w{3}, .* [+-]\d{4}", received)
+        assert rest.replace(b"\r\n", b"\n") == (sent if isinstance(sent, bytes) else sent.encode()), arguments
+    done = sendmail("-f", "", "a@x.org")
+    assert done.returncode == 0 and spooled(spool)[0][:2] == ("", ["a@x.org"])
+    assert not os.listdir(spool)
+
+
+@pytest.mark.parametrize(
+    "arguments, text, reason",
+    [
+        ([], "", "no recipients"),
+        (["-i", ""], "", "no recipients"),
+        (["-t"], "Subject: y\n\nTo: a@x.org\n", "no recipients"),
+        (["-t"], "hello, everybody\n", "no recipients"),
+        (["-t", "-i"], "Subject: y\n", "no recipients"),
+        (["-bs"], "", "-bs is not offered"),
+        (["-b", "p"], "", "-bp is not offered"),
+        (["a@x.org", "-v"], "", "not an address: -v"),
+        (["--", "-x@x.org"], "", "not an address: -x@x.org"),
+        (["-f", "-x@x.org", "a@x.org"], "", "not an address: -x@x.org"),
+        (["a@x.org\nX-Receiver: b@x.org"], "", "not an address: a@x.org"),
+        (['"a\n"@x.org'], "", "not an address"),
+        (["-fa@x.org\rb", "a@x.org"], "", "not an address"),
+        (["-t", "b@x.org"], "Resent-To: a@x.org\n", "recipients, and a mail with Resent fields"),
+        (["a@x.org", "-"], "", "not an address: -"),
+        (["-f"], "", "-f needs a value"),
+    ],
+)
+def test_readme_sendmail_refuses(sendmail, spool, arguments, text, reason):
+    done = sendmail(*arguments, text=text)
+    assert (done.returncode, done.stdout) == (64, b"") and done.stderr.decode().startswith(f"sendmail: {reason}")
+    assert not os.listdir(spool)
+
+
+def test_readme_sendmail_that_cannot_write_leaves_nothing(sendmail, shell, spool, tmp_path):
+    limited = ["sh", "-c", 'ulimit -f 8; exec "$0" "$@"', str(sendmail.script), "-i", "a@x.org"]
+    done = subprocess.run(limited, input=b"A: b\n\n" + b"x" * 100_000, capture_output=True)
+    assert done.returncode == 75 and b"cannot write to" in done.stderr and not os.listdir(spool)
+    spool.rename(tmp_path / "away")
+    done = sendmail("a@x.org")
+    assert done.returncode == 75 and b"cannot write to" in done.stderr and not os.listdir(tmp_path / "away")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_readme_sendmail_that_is_killed_leaves_nothing(sendmail, spool, name):
+    process = subprocess.Popen([str(sendmail.script), "a@x.org"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(b"Subject: y\n")
+    process.stdin.flush()
+    wait_until(lambda: [entry for entry in os.scandir(spool) if entry.stat().st_size > 60])
+    process.send_signal(getattr(signal, name))
+    process.stdin.close()
+    assert process.wait(PATIENCE) == 75 and not os.listdir(spool)
+    process.stderr.close()
+
+
+def test_readme_sendmail_for_all_users(sendmail, spool, tmp_path):
+    demand("dash", root=True)
+    for path in [*tmp_path.parents][:-2]:
+        path.chmod(path.stat().st_mode | 0o011)
+    os.chown(spool, 1, 1)
+    spool.chmod(0o3733)
+    for user in (65533, 65534):
+        done = sendmail("a@x.org", user=user, group=user, extra_groups=[])
+        assert (done.returncode, done.stderr) == (0, b"")
+    found = [os.stat(spool / name) for name in names(spool)]
+    assert {status.st_uid for status in found} == {65533, 65534}
+    assert {(status.st_gid, stat.S_IMODE(status.st_mode)) for status in found} == {(1, 0o640)}
+
+
+def test_readme_sendmail_two_hundred_at_once(sendmail, spool, relay, start):
+    daemon = start("-smtpaddr", relay.address)
+    command = [str(sendmail.script), "-i", "a@x.org"]
+    senders = [subprocess.Popen([*command, f"r{number}@x.org"], stdin=subprocess.PIPE) for number in range(200)]
+    for number, process in enumerate(senders):
+        process.stdin.write(b"Subject: %d\n\nHello.\n" % number)
+        process.stdin.close()
+    assert [process.wait(PATIENCE) for process in senders] == [0] * 200
+    received = relay.wait_for(200)
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and len(relay.mails) == 200
+    for mail_received in received:
+        number = int(re.search(rb"Subject: (\d+)", mail_received.content)[1])
+        assert mail_received.recipients == ["a@x.org", f"r{number}@x.org"]
+    assert len({re.search(ADDED_ID, mail_received.content)[0] for mail_received in received}) == 200
+
+
+def test_readme_sendmail_under_phps_mail(sendmail, spool):
+    demand("php")
+    call = 'mail("a@x.org", "Grüße", "body\\n.\\nmore", "From: shop@x.org\\r\\nBcc: hid@x.org", "-fbounce@x.org")'
+    subprocess.run(["php", "-d", f"sendmail_path={sendmail.script} -t -i", "-r", f"exit({call} ? 0 : 1);"], check=True)
+    ((sender, recipients, content),) = spooled(spool)
+    assert (sender, recipients) == ("bounce@x.org", ["a@x.org", "hid@x.org"])
+    assert content.endswith(b"\r\n\r\nbody\r\n.\r\nmore\r\n") and b"hid" not in content
