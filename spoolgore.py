@@ -806,9 +806,12 @@ class Message:
     def add(self, seen, identity):
         """What is missing, before the first field: always the same for a file that was first seen at a time in seconds
         since 1970. It needs no From if nobody sent it."""
-        date = time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(seen))
-        values = {"Date": date, "From": self.sender, "Message-ID": new_message_id(self.sender, identity)}
-        self.added = "".join(f"{name}: {values[name]}\r\n" for name in self.missing if values[name]).encode()
+        text = f"Date: {mail_date(int(seen))}\r\n" if "Date" in self.missing else ""
+        if "From" in self.missing and self.sender:
+            text += f"From: {self.sender}\r\n"
+        if "Message-ID" in self.missing:
+            text += f"Message-ID: {new_message_id(self.sender, identity)}\r\n"
+        self.added = text.encode()
         self.size += len(self.added)
         self.whole = self.whole and self.added + self.whole
 
@@ -850,6 +853,12 @@ def whole_text(file, size):
 def with_crlf(text):
     """LF text as it is sent: CRLF line ends, one of them last."""
     return (text if text.endswith(b"\n") else text + b"\n").replace(b"\n", b"\r\n")
+
+
+@functools.lru_cache(maxsize=1)
+def mail_date(seconds):
+    """``date-time`` (RFC 5322 3.3)."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(seconds))
 
 
 def new_message_id(sender, identity):
