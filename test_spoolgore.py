@@ -8439,8 +8439,7 @@ def test_readme_django_recipe(spool, tmp_path, way):
 
 
 def test_readme_rails_recipe(spool):
-    demand("ruby")
-    if subprocess.run(["ruby", "-e", "require 'mail'"], capture_output=True).returncode:
+    if not shutil.which("ruby") or subprocess.run(["ruby", "-e", "require 'mail'"], capture_output=True).returncode:
         pytest.skip("needs Ruby's mail")
     recipe = readme_block("ruby", 'require "securerandom"').partition("ActionMailer::")[0]
     program = (
