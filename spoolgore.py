@@ -512,7 +512,8 @@ def envelope_address(name, text):
     address = ENCODED_WORD.sub(decoded_word, text[1:-1] if text[:1] + text[-1:] == "<>" else text)
     problem = address_problem(address)
     if problem and (problem, name) != (TOO_LONG, "X-Receiver"):
-        raise BadMessage(f'"{name}" header: {problem}: {shown(text)}')
+        reason = problem if problem in (TOO_LONG, "not UTF-8") else "not an address"
+        raise BadMessage(f'"{name}" header: {reason}: {shown(text)}')
     return address
 
 

@@ -1502,20 +1502,20 @@ def test_with_an_envelope_the_address_fields_are_only_header(header):
         ("X-Sender: s@x.org\nX-Receiver: r@x.org\nx-sender: s@x.org\n", '"X-Sender" header: twice'),
         (
             "X-Receiver: r@x.org\nX-Receiver: q@x.org, p@x.org\n",
-            '"X-Receiver" header: bad local part: "q@x.org, p@x.org"',
+            '"X-Receiver" header: not an address: "q@x.org, p@x.org"',
         ),
-        ("X-Receiver:\nX-Receiver: r@x.org\n", '"X-Receiver" header: bad local part: ""'),
-        ("X-Receiver: <>\n", '"X-Receiver" header: bad local part: "<>"'),
-        ("X-Receiver: r@x.org\n \nX-Sender: s@x.org\n", '"X-Receiver" header: bad domain: '),
-        ("X-Receiver:\n r@x.org\n", '"X-Receiver" header: bad local part: '),
-        ("X-Sender: s@x.org\n , r@x.org\n", '"X-Sender" header: bad local part: '),
-        ("X-Sender: s<t@x.org\n", '"X-Sender" header: bad local part: '),
-        ("X-Receiver: <r@x.org\n", '"X-Receiver" header: bad local part: "<r@x.org"'),
-        ("X-Receiver: Joe <r@x.org>\n", '"X-Receiver" header: bad local part: "Joe <r@x.org>"'),
-        ("X-Receiver: r@x.org (Joe)\n", '"X-Receiver" header: bad domain: '),
-        ("X-Receiver: a b@x.org\n", '"X-Receiver" header: bad local part: '),
-        ("X-Receiver: r\x00@x.org\n", '"X-Receiver" header: bad local part: '),
-        ("X-Receiver: r@x.org\x1f\n", '"X-Receiver" header: bad domain: '),
+        ("X-Receiver:\nX-Receiver: r@x.org\n", '"X-Receiver" header: not an address: ""'),
+        ("X-Receiver: <>\n", '"X-Receiver" header: not an address: "<>"'),
+        ("X-Receiver: r@x.org\n \nX-Sender: s@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver:\n r@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Sender: s@x.org\n , r@x.org\n", '"X-Sender" header: not an address: '),
+        ("X-Sender: s<t@x.org\n", '"X-Sender" header: not an address: '),
+        ("X-Receiver: <r@x.org\n", '"X-Receiver" header: not an address: "<r@x.org"'),
+        ("X-Receiver: Joe <r@x.org>\n", '"X-Receiver" header: not an address: "Joe <r@x.org>"'),
+        ("X-Receiver: r@x.org (Joe)\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver: a b@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver: r\x00@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver: r@x.org\x1f\n", '"X-Receiver" header: not an address: '),
         (b"X-Receiver: j\xf6rg@x.org\n", '"X-Receiver" header: not UTF-8: "j?rg@x.org"'),
         (f"X-Sender: {'a' * 300}@x.org\n", '"X-Sender" header: longer than 254 octets: '),
     ],
@@ -1530,7 +1530,7 @@ def test_a_malformed_envelope_line_holds_the_mail(top, reason):
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\nHello.\n", "\n \n"])
 def test_envelope_lines_alone_are_no_mail(end):
-    with pytest.raises(spoolgore.BadMessage, match="nothing but X-Sender and X-Receiver lines|bad domain"):
+    with pytest.raises(spoolgore.BadMessage, match="nothing but X-Sender and X-Receiver lines|not an address"):
         read_message(f"X-Sender: s@x.org\nX-Receiver: r@x.org{end}")
 
 
