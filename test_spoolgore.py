@@ -3563,7 +3563,7 @@ def test_a_status_file_that_cannot_be_one_is_refused(spool, tmp_path, name, reas
 def test_a_file_of_100_megabytes(spool, scripted, start):
     line = b"." + b"x" * 997 + b"\n"
     count = 100 * 2**20 // len(line)
-    put(spool, "m1", mail().encode() + line * count)
+    put(spool, "m1", mail(Date="y", **{"Message-ID": "<1>"}).encode() + line * count)
     relay, sizes = scripted(), Collector()
 
     def data():  # not the whole in memory
@@ -3584,7 +3584,7 @@ def test_a_file_of_100_megabytes(spool, scripted, start):
     relay_end, relay.serve = None, serve
     daemon = start("-smtpaddr", relay.address)
     wait_until(lambda: not names(spool), "it is sent")
-    header = len(mail().replace("\n", "\r\n"))
+    header = len(mail(Date="y", **{"Message-ID": "<1>"}).replace("\n", "\r\n"))
     assert sizes.items == [header + count * (len(line) + 2) + 3]  # a dot and a CR more for each line, and the last dot
     if Path("/proc/self/status").exists():
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{daemon.process.pid}/status").read_text())
