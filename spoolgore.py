@@ -14,8 +14,8 @@ Usage:
 
 Relay options:
   -smtpaddr ADDR         address of the smtp address to use in the addr:port
-                         format; "-" prints the mails instead of sending them
-                         [default: 127.0.0.1:25]
+                         format; "-" takes the mails out of the spool and
+                         prints them [default: 127.0.0.1:25]
   -smtpuser USER         username for smtp plain authentication
   -smtppassword SECRET   password for smtp plain authentication
   -smtpmd5user USER      username for smtp cram md5 authentication
@@ -90,6 +90,7 @@ import enum
 import errno
 import functools
 import gc
+import hashlib
 import heapq
 import hmac
 import io
@@ -455,6 +456,8 @@ FIELD = re.compile(rb"\n([!-9;-~]+)" + VALUE, re.DOTALL)
 ADDRESS_FIELD = re.compile(rb"\n(from|(?:resent-)?(?:to|cc|bcc))" + VALUE, re.IGNORECASE | re.DOTALL)
 RESENT_TO_FIELD = re.compile(rb"\nresent-(?:to|cc|bcc)[ \t]*:", re.IGNORECASE)
 BCC = re.compile(rb"\n(?:resent-)?bcc" + VALUE, re.IGNORECASE | re.DOTALL)
+ENVELOPE_LINE = re.compile(rb"(x-sender|x-receiver)[ \t]*:(.*?)(?:\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
+WANTED_FIELD = re.compile(rb"\n(date|from|message-id|dkim-signature)[ \t]*:")  # in lower case
 SENDERS = ("from", "resent-from", "resent-sender")
 RESENT_TO = ("resent-to", "resent-cc", "resent-bcc")
 NO_HEADER_YET = re.compile(rb"(?:\xef\xbb\xbf)?(?:From [^\n]*(?:\n|\Z))?")  # a byte order mark; mbox's first line
@@ -501,6 +504,43 @@ def split_header(chunks):
     return header.rstrip(b"\n"), gap[1:] + body
 
 
+def envelope_lines(header):
+    """The octets of the X-Sender and X-Receiver lines at the top, and the sender and the recipients that they name,
+    None for what they do not. Raises BadMessage: To is no substitute."""
+    end, named = 0, {"X-Sender": [], "X-Receiver": []}
+    while line := ENVELOPE_LINE.match(header, end):
+        name, end = line[1].decode().title(), line.end()
+        named[name].append(envelope_address(name, line[2].decode("utf-8", "surrogateescape").strip(" \t")))
+    senders, receivers = named.values()
+    if len(senders) > 1:
+        raise BadMessage('"X-Sender" header: twice')
+    if end and not header[end:]:
+        raise BadMessage("nothing but X-Sender and X-Receiver lines in the header")
+    return end, senders[0] if senders else None, unique(receivers, set()) or None
+
+
+def envelope_address(name, text):
+    """``address / "<" address ">"``, alone; it needs no domain. Raises BadMessage."""
+    if (name, text) == ("X-Sender", "<>"):
+        return ""
+    address = ENCODED_WORD.sub(decoded_word, text[1:-1] if text[:1] + text[-1:] == "<>" else text)
+    problem = address_problem(address)
+    if problem and (problem, name) != (TOO_LONG, "X-Receiver"):
+        reason = problem if problem in (TOO_LONG, "not UTF-8") else "not an address"
+        raise BadMessage(f'"{name}" header: {reason}: {shown(text)}')
+    return address
+
+
+def missing_fields(header):
+    """The names of the fields to add (RFC 6409 8); none to a mail that is signed (RFC 6376)."""
+    lower = b"\n" + header.lower()
+    if b"\ndate:" in lower and b"\nfrom:" in lower and b"\nmessage-id:" in lower:
+        return []
+    found = WANTED_FIELD.findall(lower)
+    names = () if b"dkim-signature" in found else ("Date", "From", "Message-ID")
+    return [name for name in names if name.lower().encode() not in found]
+
+
 def address_fields(header):
     """(lower-case name, value) of each From, To, Cc and Bcc; of the topmost Resent fields if any names a recipient.
 
@@ -529,11 +569,9 @@ def resent_fields(lines):
     of_block = itertools.dropwhile(lambda field: not field[0].startswith("resent-"), values_of(FIELD, lines))
     block = {}
     for name, value in itertools.takewhile(lambda field: field[0].startswith("resent-"), of_block):
-        if name in block and name in RESENT_TO:
-            raise BadMessage(f'"{name.title()}" header: twice in one block')
-        if name in block:  # the next block
+        if name in block and name not in RESENT_TO:  # the next block
             break
-        block[name] = value
+        block[name] = None if name in block else value  # None: twice in one block
     found = [(name, block[name]) for name in ("resent-sender", "resent-from", *RESENT_TO) if name in block]
     return found + [field for field in others if field[0] == "from"]
 
@@ -762,20 +800,35 @@ class Message:
     """What is in one mail's file: whom it is from and for, and the content to send.
 
     file is open for reading in binary mode, size its octets. Raises BadMessage when it cannot be sent at all. whole is
-    the content when it is small enough to be held in memory, else None.
+    the content when it is small enough to be held in memory, else None; missing: the names of the fields to add().
     """
 
-    __slots__ = ("file", "size", "from_field", "sender", "recipients", "whole")
+    __slots__ = ("file", "size", "top", "from_field", "sender", "recipients", "missing", "added", "whole")
 
     def __init__(self, file, size):
         self.file = file
         chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
         header, rest = split_header(chunks)
+        self.top, sender, receivers = envelope_lines(header) if header[:2] in (b"X-", b"x-") else (0, None, None)
+        header = header[self.top :]
         fields = address_fields(header)
-        self.from_field, self.sender = parse_sender(fields)
-        self.recipients = parse_recipients(fields)
+        self.from_field, self.sender = parse_sender(fields) if sender is None else (sender or "<>", sender)
+        self.recipients = parse_recipients(fields) if receivers is None else {"To": receivers, "Cc": [], "Bcc": []}
+        self.missing, self.added = missing_fields(header), b""
         self.whole = None if size >= CHUNK else with_crlf(without_bcc(header) + rest)
-        self.size = size if self.whole is None else len(self.whole)  # octets to declare (RFC 1870)
+        self.size = size - self.top if self.whole is None else len(self.whole)  # octets to declare (RFC 1870)
+
+    def add(self, seen, identity):
+        """What is missing, before the first field: always the same for a file that was first seen at a time in seconds
+        since 1970. It needs no From if nobody sent it."""
+        text = f"Date: {mail_date(int(seen))}\r\n" if "Date" in self.missing else ""
+        if "From" in self.missing and self.sender:
+            text += f"From: {self.sender}\r\n"
+        if "Message-ID" in self.missing:
+            text += f"Message-ID: {new_message_id(self.sender, identity)}\r\n"
+        self.added = text.encode()
+        self.size += len(self.added)
+        self.whole = self.whole and self.added + self.whole
 
     def is_unchanged(self):
         """Whether the file still says what it said, if it is held whole."""
@@ -784,15 +837,16 @@ class Message:
             again = Message(self.file, os.fstat(self.file.fileno()).st_size)
         except (BadMessage, Unfinished):
             return False
-        return (again.whole, again.sender, again.recipients) == (self.whole, self.sender, self.recipients)
+        before = self.whole[len(self.added) :], self.sender, self.recipients
+        return (again.whole, again.sender, again.recipients) == before
 
     def content(self):
-        """The content in chunks: CRLF line ends, no Bcc, a line end last."""
+        """The content in chunks: CRLF line ends, no envelope lines, no Bcc, a line end last."""
         return iter([self.whole]) if self.whole is not None else self._stream()
 
     def _read(self, octets):
         """Of a file that grows all the time there is no end. Raises Unfinished."""
-        if (data := self.file.read(octets)) and self.file.tell() > self.size:
+        if (data := self.file.read(octets)) and self.file.tell() > self.size + self.top - len(self.added):
             raise Unfinished("the file grew while it was read")
         return data
 
@@ -800,8 +854,9 @@ class Message:
         self.file.seek(0)
         chunks = unix_lines(self._read)
         header, body = split_header(chunks)
+        yield self.added
         last = b""
-        for chunk in itertools.chain([without_bcc(header), body], chunks):
+        for chunk in itertools.chain([without_bcc(header[self.top :]), body], chunks):
             last = chunk or last
             yield chunk.replace(b"\n", b"\r\n")
         if not last.endswith(b"\n"):
@@ -821,6 +876,23 @@ def whole_text(file, size):
 def with_crlf(text):
     """LF text as it is sent: CRLF line ends, one of them last."""
     return (text if text.endswith(b"\n") else text + b"\n").replace(b"\n", b"\r\n")
+
+
+@functools.lru_cache(maxsize=1)
+def mail_date(seconds):
+    """``date-time`` (RFC 5322 3.3)."""
+    return time.strftime("%a, %d %b %Y %H:%M:%S +0000", time.gmtime(seconds))
+
+
+def new_message_id(sender, identity):
+    """In the domain of the sender, else the machine's (RFC 5322 3.6.4)."""
+    host = re.sub("[^A-Za-z0-9.-]", "-", socket.gethostname())
+    try:
+        domain = wire_address(sender).rpartition("@")[2] if "@" in sender else host
+    except ValueError:
+        domain = host
+    name = hashlib.sha256(f"{host} {identity}".encode()).hexdigest()[:32]
+    return f"<{name}@{domain}>"
 
 
 def parse_sender(fields):
@@ -866,6 +938,8 @@ def parse_recipients(fields):
     found, count = {"To": [], "Cc": [], "Bcc": []}, 0
     for name, text in fields:
         try:
+            if text is None:
+                raise BadMessage("twice in one block")
             if name not in SENDERS:
                 addresses = parse_addresses(text)
                 found[name.rpartition("-")[2].title()] += addresses
@@ -3681,6 +3755,8 @@ class Delivery:
             self.message = read(self.file, self.size)
             self.is_new = mail.entry is None
             mail.entry = new_envelope(self.message, self.spooler.clock()) if self.is_new else self.envelope()
+            if self.message.missing:
+                self.message.add(max(enqueued(mail.entry), 0) or mail.identity[3] / 1e9, mail.identity[1:])
         except BadMessage as error:
             return self.stick(self.shown(f"unable to parse mail file, {error}"))
         except CorruptStatus as error:

@@ -373,6 +373,15 @@ def mail(to="alice@example.org", sender="app@example.org", body="Hello.\n", **fi
     return "".join(f"{name}: {value}\n" for name, value in lines.items() if value is not None) + "\n" + body
 
 
+ADDED_DATE = rb"Date: \w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d \+0000\r?\n"
+ADDED_ID = rb"Message-ID: <[0-9a-f]{32}@[^<>@\r\n]+>\r?\n"
+
+
+def as_spooled(content):
+    """What was received, less what was added at its top."""
+    return re.sub(rb"\A(?:%s)?(?:(?:From: [^\r\n]+\r?\n)?%s)?" % (ADDED_DATE, ADDED_ID), b"", content)
+
+
 def names(spool):
     """The mails that are in the spool."""
     return sorted(name for name in os.listdir(spool) if not name.startswith("."))
@@ -1637,6 +1646,194 @@ def test_a_mail_with_too_many_recipients_is_held(monkeypatch):
         read_message("To: a@x.org, b@x.org, c@x.org, d@x.org\n\n")
 
 
+# ------------------------------------------ envelope lines, and what is missing
+
+
+ENVELOPES = [  # lines at the top; sender and recipients, None for those of the header
+    ("X-Sender: s@x.org\nX-Receiver: r@x.org\n", "s@x.org", ["r@x.org"]),
+    ("x-receiver:<r@x.org>\r\nX-RECEIVER :\t q@X.org \t\r\nX-sender: <s@x.org>\r\n", "s@x.org", ["r@x.org", "q@X.org"]),
+    ("X-Sender: <>\n", "", None),
+    ("X-Sender: s@x.org\n", "s@x.org", None),
+    ("X-Receiver: root\nX-Receiver: root\nX-Receiver: r@x.org\nX-Receiver: r@X.ORG\n", None, ["root", "r@x.org"]),
+    ("X-Sender: www-data\n", "www-data", None),
+    ('X-Receiver: "a b"@x.org\nX-Receiver: jörg@bücher.example\n', None, ['"a b"@x.org', "jörg@bücher.example"]),
+    ("X-Receiver: =?utf-8?q?j=C3=B6rg?=@x.org\n", None, ["jörg@x.org"]),
+    ("\ufeffX-Receiver: r@x.org\n", None, ["r@x.org"]),
+    ("From app@x.org Mon Jan  1\nX-Receiver: r@x.org\n", None, ["r@x.org"]),
+    ("X-Mailer: y\nX-Sender: s@x.org\nX-Receiver: r@x.org\n", None, None),
+    ("Received: y\nX-Receiver: r@x.org, q\nX-Receiver:\n", None, None),
+    ("X-Sender-Id: y\n", None, None),
+    (
+        "".join(f"X-Receiver: r{number}@x.org\n" for number in range(10_000)),
+        None,
+        [f"r{n}@x.org" for n in range(10_000)],
+    ),
+]
+
+
+@pytest.mark.parametrize("more", [0, STREAMED])
+@pytest.mark.parametrize("top, sender, receivers", ENVELOPES)
+def test_the_first_lines_may_be_the_envelope(top, sender, receivers, more):
+    rest = "From: A <a@x.org>\nTo: b@x.org\nBcc: c@x.org\n\nX-Receiver: in the body\n"
+    message = read_message(top + rest, len((top + rest).encode()) + more)
+    named = (
+        {"To": ["b@x.org"], "Cc": [], "Bcc": ["c@x.org"]}
+        if receivers is None
+        else {"To": receivers, "Cc": [], "Bcc": []}
+    )
+    assert message.recipients == named
+    assert (message.sender, message.from_field) == (
+        ("a@x.org", "A <a@x.org>") if sender is None else (sender, sender or "<>")
+    )
+    kept = top if sender is receivers is None else ""
+    content = b"".join(message.content())
+    assert content.decode() == (kept + rest).replace("Bcc: c@x.org\n", "").replace("\n", "\r\n")
+    assert message.whole is None or message.size == len(content)
+
+
+@pytest.mark.parametrize(
+    "header", ["From: root\nTo: nobody, Jo <", "Resent-To: a@x.org\nResent-To: b@x.org\nFrom: (", ""]
+)
+def test_with_an_envelope_the_address_fields_are_only_header(header):
+    message = read_message(
+        f"X-Sender: s@x.org\nX-Receiver: r@x.org\n{header}\nSubject: y\n\nHello.\n".replace("\n\nS", "\nS")
+    )
+    assert (message.sender, message.recipients["To"]) == ("s@x.org", ["r@x.org"])
+
+
+@pytest.mark.parametrize(
+    "top, reason",
+    [
+        ("X-Sender: s@x.org\nX-Receiver: r@x.org\nx-sender: s@x.org\n", '"X-Sender" header: twice'),
+        (
+            "X-Receiver: r@x.org\nX-Receiver: q@x.org, p@x.org\n",
+            '"X-Receiver" header: not an address: "q@x.org, p@x.org"',
+        ),
+        ("X-Receiver:\nX-Receiver: r@x.org\n", '"X-Receiver" header: not an address: ""'),
+        ("X-Receiver: <>\n", '"X-Receiver" header: not an address: "<>"'),
+        ("X-Receiver: r@x.org\n \nX-Sender: s@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver:\n r@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Sender: s@x.org\n , r@x.org\n", '"X-Sender" header: not an address: '),
+        ("X-Sender: s<t@x.org\n", '"X-Sender" header: not an address: '),
+        ("X-Receiver: <r@x.org\n", '"X-Receiver" header: not an address: "<r@x.org"'),
+        ("X-Receiver: Joe <r@x.org>\n", '"X-Receiver" header: not an address: "Joe <r@x.org>"'),
+        ("X-Receiver: r@x.org (Joe)\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver: a b@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver: r\x00@x.org\n", '"X-Receiver" header: not an address: '),
+        ("X-Receiver: r@x.org\x1f\n", '"X-Receiver" header: not an address: '),
+        (b"X-Receiver: j\xf6rg@x.org\n", '"X-Receiver" header: not UTF-8: "j?rg@x.org"'),
+        (f"X-Sender: {'a' * 300}@x.org\n", '"X-Sender" header: longer than 254 octets: '),
+    ],
+)
+def test_a_malformed_envelope_line_holds_the_mail(top, reason):
+    data = (top if isinstance(top, bytes) else top.encode()) + b"From: a@x.org\nTo: b@x.org\n\nHello.\n"
+    for size in (None, STREAMED):
+        with pytest.raises(spoolgore.BadMessage) as caught:
+            read_message(data, size)
+        assert str(caught.value).startswith(reason)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n", "\n\nHello.\n", "\n \n"])
+def test_envelope_lines_alone_are_no_mail(end):
+    with pytest.raises(spoolgore.BadMessage, match="nothing but X-Sender and X-Receiver lines|not an address"):
+        read_message(f"X-Sender: s@x.org\nX-Receiver: r@x.org{end}")
+
+
+def test_a_receiver_over_the_limit_is_left_to_be_given_up():
+    assert read_message(f"X-Receiver: {'a' * 300}@x.org\nTo: b@x.org\n\n").recipients["To"] == [f"{'a' * 300}@x.org"]
+
+
+@pytest.mark.parametrize("more", [0, STREAMED])
+@pytest.mark.parametrize(
+    "header, added",
+    [
+        ("To: b@x.org\n", b"%s%s"),
+        ("From: a@x.org\nDate : yesterday\n", b"%.0s%s"),
+        ("From: a@x.org\nMESSAGE-ID: <1>\n", b"%s%.0s"),
+        ("From: a@x.org\nSubject: y\n Date: no field\nMessage-Id: <1>\nX-Date: y\n", b"%s%.0s"),
+        ("From: a@x.org\ndate: y\nmessage-id: <1>\n", b"%.0s%.0s"),
+        ("X-Sender: s@x.org\nTo: b@x.org\n", b"%sFrom: s@x\\.org\r\n%s"),
+        ("X-Sender: jörg@bücher.example\nTo: b@x.org\n", "%sFrom: jörg@bücher\\.example\r\n%s".encode()),
+        ("X-Sender: s@x.org\nFrom:\n", b"%s%s"),
+        ("X-Sender: <>\nTo: b@x.org\n", b"%s%s"),
+        ("Resent-From: s@x.org\nResent-To: b@x.org\n", b"%sFrom: s@x\\.org\r\n%s"),
+        ("X-Sender: s@x.org\nDKIM-SIGNATURE : v=1\n", b"%.0s%.0s"),
+    ],
+)
+def test_what_is_missing_is_added_before_the_first_field(header, added, more):
+    data = (header + "\nHello.\n").encode()
+    message, plain = (read_message(data, len(data) + more) for _ in range(2))
+    if message.missing:
+        message.add(NOW, (1, 2, 3))
+    content, before = b"".join(message.content()), b"".join(plain.content())
+    assert content.endswith(before) and message.size - plain.size == len(content) - len(before)
+    assert re.fullmatch(added % (ADDED_DATE, ADDED_ID), content[: -len(before)])
+    assert b"Date: Tue, 24 Nov 2026 06:40:00 +0000\r\n" in content or not content.startswith(b"Date: Tue")
+
+
+@pytest.mark.parametrize(
+    "sender, domain",
+    [
+        ("s@x.org", "x.org"),
+        ('"a@b"@x.org', "x.org"),
+        ("s@bücher.example", "xn--bcher-kva.example"),
+        ("s@[192.0.2.1]", "[192.0.2.1]"),
+        ("s@x\uff1e", "machine-1.example"),
+        ("root", "machine-1.example"),
+        ("", "machine-1.example"),
+    ],
+)
+def test_the_domain_of_an_added_message_id(sender, domain, monkeypatch):
+    monkeypatch.setattr(spoolgore.socket, "gethostname", lambda: "machine>1.example")
+    first = spoolgore.new_message_id(sender, (1, 2, 3))
+    assert re.fullmatch(rb"[0-9a-f]{32}", first[1:33].encode()) and first[33:] == f"@{domain}>"
+    assert first == spoolgore.new_message_id(sender, (1, 2, 3)) != spoolgore.new_message_id(sender, (1, 2, 4))
+
+
+@pytest.mark.parametrize("size", [10, STREAMED])
+def test_added_fields_are_the_same_at_every_attempt(spool, scripted, run, start, size):
+    relay = scripted()
+    relay.replies = {"RCPT": lambda line: LATER if b"later" in line or b"r0@" in line else None}
+    receivers = "".join(f"X-Receiver: r{number}@x.org\n" for number in range(spoolgore.RECIPIENTS_PER_TRANSACTION + 1))
+    put(spool, "m", f"X-Sender: s@x.org\n{receivers}X-Receiver: later@x.org\nSubject: y\n\n{'x' * size}\n")
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("m SMTP error, mail to later@x.org")
+    daemon.kill()
+    for name in ("later", "r0"):
+        relay.replies = {"RCPT": lambda line: LATER if b"r0@" in line else None} if name == "later" else {}
+        daemon = start("-smtpaddr", relay.address)
+        daemon.send("SIGURG")
+        daemon.wait_for(f"successfully sent to {name}@x.org")
+        assert daemon.stop() == 0
+    assert len(relay.mails.items) >= 4
+    contents = {received.content for received in relay.mails.items}
+    assert {received.sender for received in relay.mails.items} == {"s@x.org"}
+    assert len({re.search(ADDED_ID, content)[0] for content in contents}) == 1 and b"X-Receiver" not in b"".join(
+        contents
+    )
+
+
+def test_mails_that_are_alike_get_message_ids_of_their_own(spool, relay, run):
+    for number in range(20):
+        put(spool, f"m{number}", mail("a@x.org"))
+    assert run("-once", "-smtpaddr", relay.address).status_code == 0
+    assert len({re.match(ADDED_DATE + ADDED_ID, received.content)[0] for received in relay.mails}) == 20
+
+
+def test_x_receivers_stand_under_to_in_the_status(spool, relay, run):
+    relay.recorder.rcpt_replies = {"root": "450 4.2.0 not now"}
+    put(
+        spool,
+        "m",
+        "X-Sender: <>\nX-Receiver: root\nX-Receiver: r@x.org\n" + mail("nobody, in particular", Cc="c@x.org"),
+    )
+    daemon = run("-once", "-smtpaddr", relay.address)
+    entry = daemon.status()["m"]
+    assert (entry["From"], [person["Address"] for person in entry["To"]]) == ("<>", ["root", "r@x.org"])
+    assert (entry["Cc"], entry["Bcc"], daemon.status_code) == ([], [], 75)
+    assert (relay.mails[0].sender, relay.mails[0].recipients) == ("<>", ["r@x.org"])
+
+
 # ---------------------------------------------- what a relay reads of a message
 
 
@@ -1890,7 +2087,8 @@ def test_hostile_headers_hold_the_mail_or_are_served_but_for_an_impossible_recip
         header = header if isinstance(header, bytes) else header.encode()
         put(spool, name, b"From: app@x.org\nSubject: %s\n" % name.encode() + header + b"\n\nHello.\n")
     daemon = run("-once", "-attempts", 1, "-smtpaddr", relay.address)
-    served = [re.match(rb"From: app@x.org\r\nSubject: ([^\r]*)", received.content)[1] for received in relay.mails.items]
+    contents = [as_spooled(received.content) for received in relay.mails.items]
+    served = [re.match(rb"From: app@x.org\r\nSubject: ([^\r]*)", content)[1] for content in contents]
     assert sorted(served) == sorted(name.encode() for name in SERVED_MAILS)
     for received in relay.mails.items:
         assert "alice@x.org" in received.recipients and not {"evil@x.org", "evil@x.org>"} & set(received.recipients)
@@ -2112,7 +2310,7 @@ def test_odd_mails_arrive_as_they_are(spool, scripted, run, extensions):
     assert daemon.status_code == 0 and names(spool) == [] and len(relay.mails.items) == len(mails)
     for recipient, data in mails.items():
         expected, _ = as_sent(data)
-        assert received[recipient].content == expected, data[:200]
+        assert as_spooled(received[recipient].content) == expected, data[:200]
         assert received[recipient].recipients == [recipient] or b"secret@example.org" in data
 
 
@@ -3581,7 +3779,7 @@ def test_a_status_file_that_cannot_be_one_is_refused(spool, tmp_path, name, reas
 def test_a_file_of_100_megabytes(spool, scripted, start):
     line = b"." + b"x" * 997 + b"\n"
     count = 100 * 2**20 // len(line)
-    put(spool, "m1", mail().encode() + line * count)
+    put(spool, "m1", mail(Date="y", **{"Message-ID": "<1>"}).encode() + line * count)
     relay, sizes = scripted(), Collector()
 
     def data():  # not the whole in memory
@@ -3602,7 +3800,7 @@ def test_a_file_of_100_megabytes(spool, scripted, start):
     relay_end, relay.serve = None, serve
     daemon = start("-smtpaddr", relay.address)
     wait_until(lambda: not names(spool), "it is sent")
-    header = len(mail().replace("\n", "\r\n"))
+    header = len(mail(Date="y", **{"Message-ID": "<1>"}).replace("\n", "\r\n"))
     assert sizes.items == [header + count * (len(line) + 2) + 3]  # a dot and a CR more for each line, and the last dot
     if Path("/proc/self/status").exists():
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{daemon.process.pid}/status").read_text())
@@ -4389,7 +4587,8 @@ def test_a_file_that_is_changed_in_mid_transaction_to_another_of_its_size_is_ano
     sent = relay.wait_for(2)
     wait_until(lambda: names(spool) == [])
     assert daemon.stop() == 0 and len(relay.mails.items) == 2
-    assert [received.content for received in sent] == [content_of(text.encode()) for text in (first, second)]
+    contents = [as_spooled(received.content) for received in sent]
+    assert contents == [content_of(text.encode()) for text in (first, second)]
 
 
 def test_who_has_a_renamed_mail_is_known_after_a_kill(spool, scripted, start):
@@ -5437,7 +5636,8 @@ def test_the_printer(spool):
     put(spool, "m2", mail("c@x.org", sender=""))
     done = spoolgore_run("-once", "-smtpaddr", "-", spool)
     assert (done.returncode, names(spool)) == (0, [])
-    assert done.stdout == (
+    parts = [as_spooled(part.encode()).decode() for part in done.stdout.split("\n\n")]
+    assert "\n\n".join(parts) == (
         "MAIL FROM:<app@x.org>\nRCPT TO:<a@x.org>\nRCPT TO:<b@x.org>\n\n"
         "From: App <app@x.org>\nTo: Alice <a@x.org>\nSubject: a test\n\n.\nGrüße\n\n"
         "MAIL FROM:<>\nRCPT TO:<c@x.org>\n\nFrom: \nTo: c@x.org\nSubject: a test\n\nHello.\n\n"
@@ -6948,7 +7148,7 @@ def discard(talk):
 
 def test_large_mails_are_streamed(spool, scripted, start):
     relay = scripted(("PIPELINING", "CHUNKING"), serve=discard)
-    text = mail(body="a line of thirty-two octets.....\n" * 2**20).encode()
+    text = mail(body="a line of thirty-two octets.....\n" * 2**20, Date="y", **{"Message-ID": "<1>"}).encode()
     for number in range(4):
         (spool / f"m{number}").write_bytes(text)
     daemon = start("-smtpaddr", relay.address)
@@ -8923,7 +9123,7 @@ def test_readme_shell_recipe(spool, relay, run):
     assert relay.mails[0].content.endswith(b"Subject: Backup done\r\n\r\nAll fine.\r\n")
 
 
-def test_readme_python_recipe(spool, relay, run):
+def test_readme_python_recipe(spool):
     from email.message import EmailMessage
 
     recipe = {}
@@ -8932,27 +9132,291 @@ def test_readme_python_recipe(spool, relay, run):
     message["From"], message["To"] = "app@example.org", "you@example.org"
     message.set_content("Grüße.\n")
     recipe["spool"](message, str(spool))
-    assert run("-once", "-smtpaddr", relay.address).status_code == 0
-    assert "Grüße.\r\n".encode() in relay.mails[0].content
+    ((_, recipients, content),) = spooled(spool)
+    assert recipients == ["you@example.org"] and "Grüße.\r\n".encode() in content
+    message.as_bytes = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        recipe["spool"](message, str(spool))
+    assert not os.listdir(spool)
 
 
-def test_readme_php_recipe(spool, relay, run):
+PHP_RECIPES = {  # what the directory is, and what the function does to it
+    "a spool": ("mkdir('drop');", ""),
+    "not there": ("", "cannot write to drop"),
+    "a file": ("touch('drop');", "cannot write to drop"),
+}
+
+
+@pytest.mark.parametrize("name", PHP_RECIPES)
+def test_readme_php_recipe(name, tmp_path):
     demand("php")
-    program = f"<?php {readme_block('php', 'function spool_mail')}"
-    subprocess.run(["php"], input=program.encode(), cwd=spool.parent, check=True)
-    assert run("-once", "-smtpaddr", relay.address).status_code == 0
-    assert relay.mails[0].content.endswith(b"\r\n\r\nThank you.\r\n")
-
-
-def test_readme_django_recipe(spool, relay, run, tmp_path):
-    (tmp_path / "spool_backend.py").write_text(readme_block("python", "import os\nimport tempfile"))
-    (tmp_path / "site.py").write_text(
-        "from django.conf import settings\n"
-        f"settings.configure(EMAIL_BACKEND='spool_backend.SpoolBackend', EMAIL_SPOOL={str(spool)!r})\n"
-        "from django.core.mail import EmailMessage\n"
-        "EmailMessage('s', 'b', 'shop@example.org', ['a@example.org'], bcc=['hidden@example.org']).send()\n"
+    prepare, reason = PHP_RECIPES[name]
+    recipe = readme_block("php", "function spool_mail").replace("'spool'", "'drop'")
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        ["php"], input=f"<?php {prepare} {recipe}".encode(), cwd=tmp_path, env=environ, capture_output=True
     )
-    subprocess.run([sys.executable, str(tmp_path / "site.py")], cwd=tmp_path, check=True)
+    output = (done.stdout + done.stderr).decode()
+    assert reason in output if reason else not output
+    if not reason:
+        assert [entry[1:] for entry in spooled(tmp_path / "drop")] == [
+            (
+                ["you@example.org"],
+                content_of("From: shop@example.org\nTo: you@example.org\nSubject: Order\n\nThank you.\n"),
+            )
+        ]
+    assert [entry for entry in os.listdir(tmp_path) if entry != "drop"] == []  # nothing in the fallback directory
+
+
+DJANGO_MAILS = [  # arguments of EmailMessage; sender and recipients
+    ("'s', 'b', 'Shop <shop@x.org>', ['a@x.org'], bcc=['Hid <hid@x.org>']", "shop@x.org", ["a@x.org", "hid@x.org"]),
+    (
+        "'s', 'b', 'bounce@x.org', ['a@x.org'], headers={'From': 'shop@x.org', 'To': 'all@x.org'}",
+        "bounce@x.org",
+        ["a@x.org"],
+    ),
+    ("'s', 'b', 'jörg@bücher.example', ['a@x.org'], cc=['c@x.org']", "jörg@bücher.example", ["a@x.org", "c@x.org"]),
+]
+
+
+@pytest.mark.parametrize("way", ["EMAIL_BACKEND", "MAILERS"])
+def test_readme_django_recipe(spool, tmp_path, way):
+    import django
+
+    if way == "MAILERS" and django.VERSION < (6, 1):
+        pytest.skip("needs Django 6.1")
+    backend = "spool_backend.SpoolBackend"
+    settings = {"EMAIL_BACKEND": backend, "EMAIL_SPOOL": str(spool)}
+    if way == "MAILERS":
+        settings = {"MAILERS": {"default": {"BACKEND": backend, "OPTIONS": {"directory": str(spool)}}}}
+    (tmp_path / "spool_backend.py").write_text(readme_block("python", "import os\nimport tempfile"))
+    sends = "".join(f"assert EmailMessage({arguments}).send() == 1\n" for arguments, *_ in DJANGO_MAILS)
+    (tmp_path / "site.py").write_text(
+        f"from django.conf import settings\nsettings.configure(**{settings!r})\n"
+        f"from django.core.mail import EmailMessage\n{sends}"
+        "try:\n    EmailMessage('s', 'b', 'x@x.org\\nX-Receiver: evil@x.org', ['a@x.org']).send()\n"
+        "except ValueError:\n    print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, str(tmp_path / "site.py")], cwd=tmp_path, check=True, stdout=subprocess.PIPE)
+    mails = sorted(spooled(spool))
+    assert [entry[:2] for entry in mails] == sorted((sender, to) for _, sender, to in DJANGO_MAILS)
+    assert done.stdout == b"refused\n" and not any(b"hid" in content.lower() for _, _, content in mails)
+    assert b"From: shop@x.org\r\nTo: all@x.org\r\n" in mails[0][2]
+
+
+def test_readme_rails_recipe(spool):
+    if not shutil.which("ruby") or subprocess.run(["ruby", "-e", "require 'mail'"], capture_output=True).returncode:
+        pytest.skip("needs Ruby's mail")
+    recipe = readme_block("ruby", 'require "securerandom"').partition("ActionMailer::")[0]
+    program = (
+        f"require 'mail'\n{recipe}\nmail = Mail.new(from: 'Shop <shop@x.org>', to: 'a@x.org', bcc: 'hid@x.org', body: 'b')\n"
+        "mail.smtp_envelope_from = 'bounce@x.org'\nmail.delivery_method SpoolDelivery, directory: ARGV[0]\nmail.deliver\n"
+    )
+    subprocess.run(["ruby", "-", str(spool)], input=program.encode(), check=True)
+    ((sender, recipients, content),) = spooled(spool)
+    assert (sender, sorted(recipients)) == ("bounce@x.org", ["a@x.org", "hid@x.org"]) and b"hid" not in content
+
+
+def test_what_dotnet_writes_into_its_pickup_directory(spool, relay, run):
+    (spool / "2f1c0a5e-8f0b-4c6f-9d1c-6f1a6c1b7f10.eml").write_bytes(
+        b"X-Sender: bounce@x.org\r\nX-Receiver: a@x.org\r\nX-Receiver: hid@x.org\r\nMIME-Version: 1.0\r\nFrom: shop@x.org\r\n"
+        b"To: a@x.org\r\nDate: 24 Nov 2026 06:40:00 +0000\r\nSubject: s\r\nContent-Type: text/plain; charset=us-ascii\r\n"
+        b"Content-Transfer-Encoding: quoted-printable\r\n\r\nb\r\n\r\n"
+    )
     assert run("-once", "-smtpaddr", relay.address).status_code == 0
-    assert relay.mails[0].recipients == ["a@example.org", "hidden@example.org"]
-    assert b"hidden" not in relay.mails[0].content
+    assert (relay.mails[0].sender, relay.mails[0].recipients) == ("bounce@x.org", ["a@x.org", "hid@x.org"])
+    assert b"X-" not in relay.mails[0].content
+
+
+# -- its sendmail
+
+
+def spooled(spool):
+    """(sender, recipients, content) of each mail, and the spool is empty again."""
+    found = []
+    for name in names(spool):
+        with open(spool / name, "rb") as file:
+            message = spoolgore.Message(file, os.path.getsize(spool / name))
+            recipients = [address for addresses in message.recipients.values() for address in addresses]
+            found.append((message.sender, recipients, b"".join(message.content())))
+        os.unlink(spool / name)
+    return found
+
+
+SHELLS = [["dash"], ["bash"], ["busybox", "sh"]]
+
+
+@pytest.fixture(params=SHELLS, ids=lambda shell: shell[0])
+def shell(request):
+    """A shell's command line."""
+    if request.param != ["dash"] and not shutil.which(request.param[0]):
+        pytest.skip(f"needs {request.param[0]}")
+    demand(request.param[0])
+    return request.param
+
+
+@pytest.fixture
+def sendmail(shell, spool, tmp_path):
+    """A function that runs the README's sendmail with arguments and input; script: its file, for those that start it."""
+    text = readme_block("sh", "#!/bin/sh\n# sendmail")
+    assert len(text.splitlines()) < 30 and "eval" not in text
+    script = tmp_path / "sendmail"
+    text = re.sub(r"^spool=\S+ admin=\S+$", f"spool={spool} admin=admin@x.org", text, count=1, flags=re.MULTILINE)
+    script.write_text(text.replace("#!/bin/sh", f"#!/usr/bin/env -S {' '.join(shell)}", 1))
+    script.chmod(0o755)
+
+    def runner(*arguments, text="Subject: y\n\nHello.\n", **options):
+        text = text if isinstance(text, bytes) else text.encode()
+        return subprocess.run([str(script), *arguments], input=text, capture_output=True, timeout=PATIENCE, **options)
+
+    runner.script = script
+    return runner
+
+
+TO_A = "To: a@x.org\nSubject: y\n\nHello.\n"
+SENDMAIL_CALLS = [  # arguments, input, sender, recipients, what is sent below Received
+    # as real programs call it: PHP, mutt, bsd-mailx, cron, git send-email, logwatch, nodemailer
+    ("-t -i -fbounce@x.org", "To: a@x.org, b@x.org\r\nSubject: y\r\nBcc: c@x.org\r\n\r\n.\r\n", "bounce@x.org",
+     ["a@x.org", "b@x.org", "c@x.org"], "To: a@x.org, b@x.org\nSubject: y\n\n.\n"),
+    ("-oem -oi -f me@x.org -- a@x.org b@x.org", "To: a@x.org\nBcc: d@x.org\n\n.\n", "me@x.org", ["a@x.org", "b@x.org"],
+     "To: a@x.org\n\n.\n"),
+    ("-i -t", "To: root\nSubject: y\n\nHello.\n", "admin@x.org", ["admin@x.org"], "To: admin@x.org\nSubject: y\n\nHello.\n"),
+    ("-i -FCronDaemon -B8BITMIME -oem root", "From: root (Cron Daemon)\nTo: root\n\n.\n", "admin@x.org", ["admin@x.org"],
+     "From: root (Cron Daemon)\nTo: root\n\n.\n"),
+    ("-i -FCronDaemon -B8BITMIME -oem a@x.org,b@x.org", "Subject: y\n", "admin@x.org", ["a@x.org", "b@x.org"],
+     "Subject: y\nFrom: =?utf-8?B?Q3JvbkRhZW1vbg==?= <admin@x.org>\n"),
+    ("-f me@x.org -i a@x.org b@x.org", "From: me@x.org\nTo: a@x.org\n\nHello.\n", "me@x.org", ["a@x.org", "b@x.org"],
+     "From: me@x.org\nTo: a@x.org\n\nHello.\n"),
+    ("-t", "To: root\nFrom: Logwatch\nSubject: y\n\nHello.\n", "admin@x.org", ["admin@x.org"],
+     "To: admin@x.org\nFrom: Logwatch\nSubject: y\n\nHello.\n"),
+    ("-i -f bounce@x.org r@x.org", "Bcc: hid@x.org\n\n.\nHello.", "bounce@x.org", ["r@x.org"], "\n.\nHello.\n"),
+    # the rest of what it promises
+    ("a@x.org", "Subject: y\n\n..\n. \n.\nBcc: b@x.org\n", "admin@x.org", ["a@x.org"], "Subject: y\n\n..\n. \n"),
+    ("a@x.org", "Subject: y\n.\n\nHello.\n", "admin@x.org", ["a@x.org"], "Subject: y\n"),
+    ("-ti c@x.org root", TO_A, "admin@x.org", ["a@x.org", "c@x.org", "admin@x.org"], TO_A),
+    ("-it -rme@x.org", "TO: root, b@x.org\nCc: a, @x.org\n", None, None, "'unable"),
+    ("-N never -R full -V id -bm -q15m -v -o 7 -O a=b -oQ/x -G -U -e m -h 3 -p smtp a@x.org", "A: b\n", "admin@x.org",
+     ["a@x.org"], "A: b\n"),
+    ("-f <> a@x.org", "A: b\n", "", ["a@x.org"], "A: b\n"),
+    ("-f <me@x.org> -F Jörg a@x.org", "A: b\n\n", "me@x.org", ["a@x.org"],
+     "A: b\nFrom: =?utf-8?B?SsO2cmc=?= <me@x.org>\n\n"),
+    ("-FJo a@x.org", "from: b@x.org\nX-Empty:\n\n", "admin@x.org", ["a@x.org"], "from: b@x.org\nX-Empty:\n\n"),
+    ("-f www-data a@x.org", "From me Mon Jan  1\nA: b\n", "admin@x.org", ["a@x.org"], "A: b\n"),
+    ("a@x.org", "Hello Bob: this is no header\n", "admin@x.org", ["a@x.org"], "\nHello Bob: this is no header\n"),
+    ("a@x.org", "", "admin@x.org", ["a@x.org"], ""),
+    ("-i a@x.org", b"A: \xff\x1b%s\\n$HOME`id`\n\n\x00\xff\\0%d\n-n\n", "admin@x.org", ["a@x.org"],
+     b"A: \xff\x1b%s\\n$HOME`id`\n\n\x00\xff\\0%d\n-n\n"),
+    ("a@x.org", b"A: b\n\n\xff\\0%d\n-n\n  x  \n", "admin@x.org", ["a@x.org"], b"A: b\n\n\xff\\0%d\n-n\n  x  \n"),
+    ("-i a@x.org", "X-Receiver: evil@x.org\nA: b\n", "admin@x.org", ["a@x.org"], "X-Receiver: evil@x.org\nA: b\n"),
+    ("-t", f"X-Receiver: evil@x.org\n{TO_A}", "admin@x.org", ["a@x.org"], f"X-Receiver: evil@x.org\n{TO_A}"),
+    ("-i a@x.org", " , evil@x.org\n", "admin@x.org", ["a@x.org"], "\n , evil@x.org\n"),
+    ('-i "a,b"@x.org', "A: b\n", "admin@x.org", ['"a,b"@x.org'], "A: b\n"),
+    ("-i *", "A: b\n", "admin@x.org", ["admin@x.org"], "A: b\n"),
+]  # fmt: skip
+
+
+def test_readme_sendmail_as_programs_call_it(sendmail, spool):
+    for arguments, text, sender, recipients, sent in SENDMAIL_CALLS:
+        done = sendmail(*arguments.split(), text=text)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b""), arguments
+        if sender is None:
+            with pytest.raises(spoolgore.BadMessage):  # held
+                spooled(spool)
+            os.unlink(spool / names(spool)[0])
+            continue
+        ((*envelope, content),) = spooled(spool)
+        assert envelope == [sender, recipients], arguments
+        received, _, rest = content.partition(b"\r\n")
+        assert re.fullmatch(rb"Received: by \S+ \(sendmail, user id \d+\); \w{3}, .* [+-]\d{4}", received)
+        assert rest.replace(b"\r\n", b"\n") == (sent if isinstance(sent, bytes) else sent.encode()), arguments
+    done = sendmail("-f", "", "a@x.org")
+    assert done.returncode == 0 and spooled(spool)[0][:2] == ("", ["a@x.org"])
+    assert not os.listdir(spool)
+
+
+@pytest.mark.parametrize(
+    "arguments, text, reason",
+    [
+        ([], "", "no recipients"),
+        (["-i", ""], "", "no recipients"),
+        (["-t"], "Subject: y\n\nTo: a@x.org\n", "no recipients"),
+        (["-t"], "hello, everybody\n", "no recipients"),
+        (["-t", "-i"], "Subject: y\n", "no recipients"),
+        (["-bs"], "", "-bs is not offered"),
+        (["-b", "p"], "", "-bp is not offered"),
+        (["a@x.org", "-v"], "", "not an address: -v"),
+        (["--", "-x@x.org"], "", "not an address: -x@x.org"),
+        (["-f", "-x@x.org", "a@x.org"], "", "not an address: -x@x.org"),
+        (["a@x.org\nX-Receiver: b@x.org"], "", "not an address: a@x.org"),
+        (['"a\n"@x.org'], "", "not an address"),
+        (["-fa@x.org\rb", "a@x.org"], "", "not an address"),
+        (["-t", "b@x.org"], "Resent-To: a@x.org\n", "recipients, and a mail with Resent fields"),
+        (["a@x.org", "-"], "", "not an address: -"),
+        (["-f"], "", "-f needs a value"),
+    ],
+)
+def test_readme_sendmail_refuses(sendmail, spool, arguments, text, reason):
+    done = sendmail(*arguments, text=text)
+    assert (done.returncode, done.stdout) == (64, b"") and done.stderr.decode().startswith(f"sendmail: {reason}")
+    assert not os.listdir(spool)
+
+
+def test_readme_sendmail_that_cannot_write_leaves_nothing(sendmail, shell, spool, tmp_path):
+    limited = ["sh", "-c", 'ulimit -f 8; exec "$0" "$@"', str(sendmail.script), "-i", "a@x.org"]
+    done = subprocess.run(limited, input=b"A: b\n\n" + b"x" * 100_000, capture_output=True)
+    assert done.returncode == 75 and b"cannot write to" in done.stderr and not os.listdir(spool)
+    spool.rename(tmp_path / "away")
+    done = sendmail("a@x.org")
+    assert done.returncode == 75 and b"cannot write to" in done.stderr and not os.listdir(tmp_path / "away")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_readme_sendmail_that_is_killed_leaves_nothing(sendmail, spool, name):
+    process = subprocess.Popen([str(sendmail.script), "a@x.org"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdin.write(b"Subject: y\n")
+    process.stdin.flush()
+    wait_until(lambda: [entry for entry in os.scandir(spool) if entry.stat().st_size > 60])
+    process.send_signal(getattr(signal, name))
+    process.stdin.close()
+    assert process.wait(PATIENCE) == 75 and not os.listdir(spool)
+    process.stderr.close()
+
+
+def test_readme_sendmail_for_all_users(sendmail, spool, tmp_path):
+    demand("dash", root=True)
+    for path in [tmp_path, *tmp_path.parents][:-2]:
+        path.chmod(path.stat().st_mode | 0o011)
+    os.chown(spool, 1, 1)
+    spool.chmod(0o3733)
+    for user in (65533, 65534):
+        done = sendmail("a@x.org", user=user, group=user, extra_groups=[])
+        assert (done.returncode, done.stderr) == (0, b"")
+    found = [os.stat(spool / name) for name in names(spool)]
+    assert {status.st_uid for status in found} == {65533, 65534}
+    assert {(status.st_gid, stat.S_IMODE(status.st_mode)) for status in found} == {(1, 0o640)}
+
+
+def test_readme_sendmail_two_hundred_at_once(sendmail, spool, relay, start):
+    daemon = start("-smtpaddr", relay.address)
+    command = [str(sendmail.script), "-i", "a@x.org"]
+    senders = [subprocess.Popen([*command, f"r{number}@x.org"], stdin=subprocess.PIPE) for number in range(200)]
+    for number, process in enumerate(senders):
+        process.stdin.write(b"Subject: %d\n\nHello.\n" % number)
+        process.stdin.close()
+    assert [process.wait(PATIENCE) for process in senders] == [0] * 200
+    received = relay.wait_for(200)
+    wait_until(lambda: names(spool) == [])
+    assert daemon.stop() == 0 and len(relay.mails) == 200
+    for mail_received in received:
+        number = int(re.search(rb"Subject: (\d+)", mail_received.content)[1])
+        assert mail_received.recipients == ["a@x.org", f"r{number}@x.org"]
+    assert len({re.search(ADDED_ID, mail_received.content)[0] for mail_received in received}) == 200
+
+
+def test_readme_sendmail_under_phps_mail(sendmail, spool):
+    demand("php")
+    call = 'mail("a@x.org", "Grüße", "body\\n.\\nmore", "From: shop@x.org\\r\\nBcc: hid@x.org", "-fbounce@x.org")'
+    subprocess.run(["php", "-d", f"sendmail_path={sendmail.script} -t -i", "-r", f"exit({call} ? 0 : 1);"], check=True)
+    ((sender, recipients, content),) = spooled(spool)
+    assert (sender, recipients) == ("bounce@x.org", ["a@x.org", "hid@x.org"])
+    assert content.endswith(b"\r\n\r\nbody\r\n.\r\nmore\r\n") and b"hid" not in content
