@@ -8,6 +8,7 @@
 The parts:
 
     kill        killed at every system call of a busy run, in each dialect (plain, PIPELINING, CHUNKING)
+    errors      every system call fails, once and for a while
 
 It drives the program from outside only: its command line, files in the spool, the status file, the log, signals. So the
 script under test may be any (--script), under any Python (--python) that has gevent and docopt.
@@ -37,11 +38,12 @@ import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+import errors
 import kill
 from features import features_of
 from workshop import ROOT, CannotRun, Failure, Settings, Workshop, python_with_gevent
 
-PARTS = {"kill": kill}
+PARTS = {"kill": kill, "errors": errors}
 SHOWN = 8  # commands for each kind of failure
 
 
