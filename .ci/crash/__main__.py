@@ -9,6 +9,7 @@ The parts:
 
     kill        killed at every system call of a busy run, in each dialect (plain, PIPELINING, CHUNKING)
     errors      every system call fails, once and for a while
+    power       every state that a power cut may leave, as far as it is not ruled out by a sync; and a real file system
 
 It drives the program from outside only: its command line, files in the spool, the status file, the log, signals. So the
 script under test may be any (--script), under any Python (--python) that has gevent and docopt.
@@ -40,10 +41,11 @@ from typing import NamedTuple
 
 import errors
 import kill
+import power
 from features import features_of
 from workshop import ROOT, CannotRun, Failure, Settings, Workshop, python_with_gevent
 
-PARTS = {"kill": kill, "errors": errors}
+PARTS = {"kill": kill, "errors": errors, "power": power}
 SHOWN = 8  # commands for each kind of failure
 
 
