@@ -10,6 +10,7 @@ The parts:
     kill        killed at every system call of a busy run, in each dialect (plain, PIPELINING, CHUNKING)
     errors      every system call fails, once and for a while
     power       every state that a power cut may leave, as far as it is not ruled out by a sync; and a real file system
+    relay       a relay that lies, is silent, babbles, hangs up
 
 It drives the program from outside only: its command line, files in the spool, the status file, the log, signals. So the
 script under test may be any (--script), under any Python (--python) that has gevent and docopt.
@@ -33,30 +34,38 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import NamedTuple
 
+if sys.platform != "linux":
+    sys.exit("It needs Linux: use a virtual machine, or a container that may use ptrace.")
+
 import errors
+import hostile
 import kill
 import power
 from features import features_of
 from workshop import ROOT, CannotRun, Failure, Settings, Workshop, python_with_gevent
 
-PARTS = {"kill": kill, "errors": errors, "power": power}
+PARTS = {"kill": kill, "errors": errors, "power": power, "relay": hostile}
+CASE_SECONDS = 600  # no case takes longer, unless something hangs that should not
 SHOWN = 8  # commands for each kind of failure
 
 
 class Result(NamedTuple):
     """What became of one case. trouble: empty if it survived; where: what was done to it; note: for the remarks."""
 
+    part: str
     command: str
     trouble: str = ""
     where: str = ""
     log: str = ""
     note: str = ""
+    seconds: float = 0.0
 
 
 class Row(NamedTuple):
@@ -70,18 +79,17 @@ class Row(NamedTuple):
 
 
 def main(argv):
-    options = parse(argv)
-    settings = Settings(options.script, options.python, options.jobs)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # as an exception, so that everything is cleaned up
     os.environ.pop("NOTIFY_SOCKET", None)
     try:
-        options.features = probe(settings)
-        print(f"{machine(options)}; the script has {', '.join(options.features) or 'neither of the later features'}\n")
-        results = {name: run_part(name, settings, options) for name in options.parts}
+        options = parse(argv)
+        results, remarks = run_all(options)
     except CannotRun as error:
         sys.exit(str(error))
-    print_table([row(name, *found) for name, found in results.items()])
-    failures = [result for found, _ in results.values() for result in found if result.trouble]
+    print_table([row(name, [each for each in results if each.part == name], remarks[name]) for name in options.parts])
+    failures = [result for result in results if result.trouble]
     print_failures(failures, options)
+    print(f"\n{time.monotonic() - options.started:.0f} s in all")
     sys.exit(1 if failures else 0)
 
 
@@ -95,25 +103,35 @@ def parse(argv):
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--script", default=str(ROOT / "spoolgore.py"), help="the program under test")
     common.add_argument("--python", help="the interpreter that runs it; this one, or .venv's")
-    common.add_argument("--jobs", type=int, default=2 * (os.cpu_count() or 1), help="cases at once; most only wait")
+    common.add_argument("--jobs", type=int, default=3 * (os.cpu_count() or 1), help="cases at once; most only wait")
     common.add_argument("--times", type=int, default=1, help="try each case so often")
     common.add_argument("--log", action="store_true", help="show what the program said where it failed")
     common.add_argument("--every", type=int, default=1, help="only every so-many-th case")
-    whole = argparse.ArgumentParser(add_help=False)
     commands = parser.add_subparsers(dest="part", metavar="PART")
-    commands.add_parser("quick", parents=[common, whole], help="some of every part")
+    commands.add_parser("quick", parents=[common], help="some of every part")
+    parsers = {name: commands.add_parser(name, parents=[common], help=summary(part)) for name, part in PARTS.items()}
     for name, part in PARTS.items():
-        part.add_arguments(commands.add_parser(name, parents=[common], help=part.__doc__.partition(":")[2].strip()))
+        part.add_arguments(parsers[name])
     if not argv or argv[0].startswith("--"):
         argv = ["all", *argv]
-        commands.add_parser("all", parents=[common, whole])
+        commands.add_parser("all", parents=[common])
     options = parser.parse_args(argv)
     options.quick = options.part == "quick"
     options.parts = [options.part] if options.part in PARTS else list(PARTS)
     options.script = str(Path(options.script).resolve())
     options.python = options.python or python_with_gevent()
     options.started = time.monotonic()
+    options.defaults = {name: vars(parsers[name].parse_args([])) for name in options.parts}
     return options
+
+
+def options_of(part, options):
+    """With the flags of this part, given or not."""
+    return argparse.Namespace(**{**options.defaults[part], **vars(options)})
+
+
+def summary(part):
+    return part.__doc__.partition(": ")[2].partition("\n")[0]
 
 
 def machine(options):
@@ -121,61 +139,75 @@ def machine(options):
     return f"{os.cpu_count()} cores, Linux {os.uname().release}, Python {version}, {options.script}"
 
 
-def probe(settings):
-    """Which of the later features the script has."""
-    workshop = Workshop(settings)
-    try:
-        return features_of(workshop)
-    finally:
-        workshop.close()
-
-
 # ------------------------------------------------------------------ running
 
 
-def run_part(name, settings, options):
-    """(results, remarks) of one part."""
-    part = PARTS[name]
-    if lacking := part.missing():
-        print(f"{name}: not run, {lacking}")
-        return [], f"not run: {lacking}"
-    context = multiprocessing.get_context("fork")
-    started = time.monotonic()
-    with context.Pool(settings.jobs, enter, (name, settings, options)) as pool:
-        cases = pool.apply(find_cases)
-        print(f"{name}: {len(cases)} cases", flush=True)
-        results = []
-        for result in pool.imap_unordered(run_case, cases):
-            results.append(result)
-            if result.trouble:
-                print(f"{name}: {result.command}: {result.where}: {result.trouble}", flush=True)
-                print(result.log if options.log else "", end="", flush=True)
-    if hasattr(part, "tidy"):
-        part.tidy([result.command for result in results if result.trouble])
-    remarks = part.remarks([result.note for result in results if result.note])
-    return results, ", ".join([f"{time.monotonic() - started:.0f} s", *remarks])
+def run_all(options):
+    """(results, a dict from part to remarks) of all parts that were asked for."""
+    settings = Settings(options.script, options.python, options.jobs)
+    remarks = {name: [lacking] for name in options.parts if (lacking := PARTS[name].missing())}
+    able = [name for name in options.parts if name not in remarks]
+    with multiprocessing.get_context("fork").Pool(settings.jobs, enter, (settings, options)) as pool:
+        options.features = pool.apply(probe)
+        print(f"{machine(options)}; features: {', '.join(options.features) or 'none of the later ones'}\n")
+        running = []
+        for name, cases in pool.imap_unordered(find_cases, [(name, options_of(name, options)) for name in able]):
+            print(f"{name}: {len(cases):,} cases", flush=True)
+            running += [pool.apply_async(run_case, [(name, case, options_of(name, options))]) for case in cases]
+        results = [shown(each.get(), options) for each in running]
+        pool.close()
+        pool.join()
+    for name in able:
+        remarks[name] = PARTS[name].remarks([each.note for each in results if each.part == name and each.note])
+    power.tidy([result.command for result in results if result.trouble])
+    return results, remarks
 
 
-def enter(name, settings, options):
-    """What each process of the pool works with."""
-    global workshop, part, chosen
+def enter(settings, options):
+    """What each process of the pool has."""
+    global workshop
     sys.setswitchinterval(0.0002)  # the tracer's thread does not wait for long
-    workshop, part, chosen = Workshop(settings), PARTS[name], options
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, too_long)
+    workshop = Workshop(settings)
     multiprocessing.util.Finalize(workshop, workshop.close, exitpriority=1)
 
 
-def find_cases():
-    return part.cases(workshop, chosen)
+def probe():
+    """Which of the later features the script has."""
+    return features_of(workshop)
 
 
-def run_case(case):
+def find_cases(task):
+    name, options = task
+    return name, PARTS[name].cases(workshop, options)
+
+
+def run_case(task):
+    name, case, options = task
+    began = time.monotonic()
+    signal.alarm(CASE_SECONDS)
+    result = Result(name, case.command)
     try:
-        return Result(case.command, note=part.run(workshop, case, chosen) or "")
+        result = result._replace(note=PARTS[name].run(workshop, case, options) or "")
     except Failure as failure:
-        return Result(case.command, str(failure), failure.where, failure.log)
+        result = result._replace(trouble=str(failure), where=failure.where, log=failure.log)
     except Exception:  # noqa: BLE001 -- one case must not end all others
-        traceback.print_exc()
-        return Result(case.command, "a fault of this program, see the traceback")
+        result = result._replace(trouble="a fault of .ci/crash itself", log=traceback.format_exc())
+    signal.alarm(0)
+    return result._replace(seconds=time.monotonic() - began)
+
+
+def too_long(*_):
+    raise Failure(f"it took longer than {CASE_SECONDS} s")
+
+
+def shown(result, options):
+    """The result, of which what failed is printed at once."""
+    if result.trouble:
+        print(f"{result.command}: {result.where}: {result.trouble}", flush=True)
+        print(result.log if options.log or result.trouble.startswith("a fault") else "", end="", flush=True)
+    return result
 
 
 # ---------------------------------------------------------------- the table
@@ -183,7 +215,8 @@ def run_case(case):
 
 def row(name, results, remarks):
     failed = sum(bool(result.trouble) for result in results)
-    return Row(name, f"{len(results):,}", f"{len(results) - failed:,}", f"{failed:,}", remarks)
+    remarks = [f"{sum(result.seconds for result in results):,.0f} s, several at once"] * bool(results) + remarks
+    return Row(name, f"{len(results):,}", f"{len(results) - failed:,}", f"{failed:,}", "; ".join(remarks))
 
 
 def print_table(rows):

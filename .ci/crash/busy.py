@@ -3,10 +3,12 @@
 A run is cut short, or disturbed, by the parts; they then start the program again and ask the same judge.
 """
 
+import collections
 import contextlib
 import json
 import os
 import time
+from pathlib import Path
 
 from relay import DIALECTS, Relay
 from workshop import TRACEBACK, Clock, Daemon, Failure, Hand, make_mail, read_status, recipients, states, wait_for
@@ -42,7 +44,7 @@ class Busy:
         self.flags += ["-timeout", 5, "-freq", 1, "-attempts", 5, "-fail5xx", "-rate", f"{RATE}/s"]
         self.flags += ["-json", self.status_path] if status_elsewhere else []
         if "failcommand" in features:
-            self.flags += ["-failcommand", f"cat > {self.home}/told.$$"]
+            self.flags += ["-failcommand", self.failcommand()]
         self.mails = {}  # name -> Mail
         self.spooled = {}  # name -> when it was there
         self.done = {}  # what the hand did -> when
@@ -51,7 +53,13 @@ class Busy:
         self.logs = []
         self.step_seconds = STEP_SECONDS
         self.renames = True  # whether waiting mails are renamed
+        self.may_miss_news = False  # whether -failcommand may have missed what happened
         self.pause = 0  # seconds in which nothing happens, in the middle and at the end
+
+    def failcommand(self):
+        """A shell command that keeps what it is told, and what there is then in .failed and in the status file."""
+        told = f"{self.home}/told.$$"
+        return f"ls {self.failed} > {told}.failed; cp {self.status_path} {told}.status; cat > {told}"
 
     def close(self):
         if self.daemon:
@@ -84,16 +92,18 @@ class Busy:
         self.daemon = Daemon(self.workshop, self.spool, self.flags, clock=self.clock, **options)
         self.logs.append(self.daemon)
 
-    def work(self, stop=True):
-        """What the hand does to the spool while the daemon runs. Ends early when the daemon does."""
+    def work(self, finish=True):
+        """What the hand does to the spool while the daemon runs. Ends early when the daemon does. finish: the daemon is
+        to send what waits, and then to end."""
         with contextlib.suppress(Ended):
             for step in (self.rename_in_flight, self.write_rest, self.rename_waiting, self.move_back):
                 step()
             time.sleep(self.pause)
             self.edit()
-            self.flush_and_wait()
-            time.sleep(self.pause)
-            if stop:
+            self.until(lambda: self.has("late", "fine.late@x.example"))
+            if finish:
+                self.flush_and_wait()
+                time.sleep(self.pause)
                 self.daemon.signal("SIGTERM")
                 self.until(lambda: False)
 
@@ -122,6 +132,8 @@ class Busy:
     def move_back(self):
         self.until(lambda: self.knows(".failed/back", "once.back@x.example", "given up"))
         self.until((self.failed / "back").exists)
+        if "failcommand" in self.features:
+            self.until(lambda: any("once.back@" in told.read_text() for told in self.told()))
         self.move("back")
 
     def edit(self):
@@ -139,7 +151,6 @@ class Busy:
                 break
 
     def flush_and_wait(self):
-        self.until(lambda: self.has("late", "fine.late@x.example"))
         for _ in range(2):  # what was in flight at the first has its turn at the second
             self.daemon.signal("SIGURG")
             self.until(lambda: not self.mails_left(), 2)
@@ -265,6 +276,7 @@ class Busy:
             for address in self.mails[name].recipients:
                 self.check_recipient(self.mails[name], address, entries, may_come_twice)
         self.check_contents()
+        self.check_what_was_told(entries)
         if left := self.mails_left():
             raise Failure(f"left in the spool: {' '.join(sorted(left))}")
         stale = [path for path in entries if not os.path.exists(path)]
@@ -301,6 +313,27 @@ class Busy:
             if transaction.accepted and transaction.content != self.mails[transaction.mail].content:
                 raise Failure(f"{transaction.mail} arrived with another content")
 
+    def told(self):
+        """The files in which the command has kept its standard input."""
+        return self.home.glob("told.*[0-9]")
+
+    def check_what_was_told(self, entries):
+        """-failcommand is run after the mail lies in .failed with its reason, once each time; a kill may prevent it."""
+        times = collections.Counter()
+        for told in self.told():
+            text, there = told.read_text(), Path(f"{told}.failed").read_text().split()
+            for name, address in GIVEN_UP:
+                if address not in text:
+                    continue
+                times[name] += 1
+                entry = read_status(f"{told}.status").get(self.path_in_failed(name), {})
+                if name not in there or states(entry).get(address) != "given up":
+                    raise Failure(f"-failcommand was told of {name} before it was in .failed and on the disk")
+        if twice := [name for name, count in times.items() if count > 1]:
+            raise Failure(f"-failcommand was told more than once of {' '.join(twice)}")
+        if "failcommand" in self.features and not self.may_miss_news and not times:
+            raise Failure("-failcommand was not run")
+
     def check_logs(self):
         for daemon in self.logs:
             check_log(daemon)
@@ -318,6 +351,7 @@ class Ended(Exception):
     """The daemon is gone, and the run with it."""
 
 
+GIVEN_UP = [("four", "never.c@x.example"), ("back", "once.back@x.example")]
 FIRST = [  # who is dealt with before the status is edited
     ("one", "fine.one@x.example"), ("part", "later.part@x.example"), ("back", "once.back@x.example"),
     ("four", "fine.d@x.example"), ("edit", "later.edit@x.example"), ("large", "fine.large@x.example"),

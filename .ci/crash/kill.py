@@ -81,17 +81,23 @@ class Killer:
 
 def cases(workshop, options):
     """Every N of every dialect: as many as a run that is not killed has, and a few more, since runs differ."""
-    dialects = [options.dialect] if getattr(options, "dialect", None) else list(DIALECTS)
-    if getattr(options, "at", None):
-        return [Case(dialect, options.at) for dialect in dialects] * options.times
-    found = []
-    for dialect in dialects:
-        killer = Killer()
-        busy = Busy(workshop, dialect, options.features)
-        with contextlib.closing(busy):
-            live(busy, killer)
-        found += [Case(dialect, at) for at in range(1, killer.count + 5)]
+    found, count = [], 0
+    for dialect in [options.dialect] if options.dialect else DIALECTS:
+        if options.at:
+            found.append(Case(dialect, options.at))
+            continue
+        if not (options.quick and count):
+            count = calls_of_a_run(workshop, dialect, options)
+        found += [Case(dialect, at) for at in range(1, count + 5)]
     return found[:: 20 if options.quick else options.every] * options.times
+
+
+def calls_of_a_run(workshop, dialect, options):
+    """How many calls there are at which it can be killed."""
+    killer = Killer()
+    with contextlib.closing(Busy(workshop, dialect, options.features)) as busy:
+        live(busy, killer)
+    return killer.count
 
 
 def run(workshop, case, options):
@@ -99,7 +105,7 @@ def run(workshop, case, options):
     busy, killer = Busy(workshop, case.dialect, options.features), Killer(case.at)
     with contextlib.closing(busy), explained(lambda: f"killed before {killer.last or 'nothing'}", busy.words):
         live(busy, killer)
-        wreck = Wreck(busy)
+        wreck, busy.may_miss_news = Wreck(busy), True
         busy.relay.wait_for_silence()
         busy.start_again()
         busy.judge(wreck.why_not_twice)
@@ -134,7 +140,7 @@ class Wreck:
         if first.replied is None or first.replied > self.moment:
             return ""
         age = self.moment - first.replied
-        if any(each.mail == mail and first.replied < each.began < self.moment for each in self.busy.relay.transactions):
+        if any(first.replied < each.began < self.moment for each in self.busy.relay.of_mail[mail]):
             return "its next transaction had begun already"
         if self.knows(mail, address):
             return "the status file knew of it"

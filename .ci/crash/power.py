@@ -108,35 +108,31 @@ def missing_for_real():
 
 
 def cases(workshop, options):
-    modes = [options.mode] if getattr(options, "mode", None) else MODES
-    dialect = getattr(options, "dialect", "pipelining")
-    if getattr(options, "state", None) is not None:
-        return [Case(modes[0], dialect, options.recording, options.state)] * options.times
     found = []
-    for mode in modes:
-        if not getattr(options, "real", False):
-            found += modelled_cases(workshop, mode, dialect, options)
-        if not missing_for_real():
-            found += real_cases(workshop, mode, dialect, options)
+    for mode in [options.mode] if options.mode else MODES:
+        if not options.real:
+            found += modelled_cases(workshop, mode, options.dialect, options)
+        if options.state is None and not missing_for_real():
+            found += real_cases(workshop, mode, options.dialect, options)
     return found * options.times
 
 
 def modelled_cases(workshop, mode, dialect, options):
-    recording = getattr(options, "recording", None) or record(workshop, mode, dialect, options.features)
+    recording = options.recording or record(workshop, mode, dialect, options)
+    if options.state is not None:
+        return [Case(mode, dialect, recording, options.state)]
     count = len(load(recording).states)
     return [
-        Case(mode, dialect, recording, number) for number in range(0, count, 40 if options.quick else options.every)
+        Case(mode, dialect, recording, number) for number in range(0, count, 20 if options.quick else options.every)
     ]
 
 
 def real_cases(workshop, mode, dialect, options):
-    if getattr(options, "at", None):
+    if options.at:
         return [Case(mode, dialect, "", options.at)]
-    killer = kill.Killer()
-    with contextlib.closing(Busy(workshop, dialect, options.features)) as busy:
-        kill.live(busy, killer)
     step = EVERY_REAL * (10 if options.quick else options.every)
-    return [Case(mode, dialect, "", at) for at in range(step // 2, killer.count, step)]
+    count = kill.calls_of_a_run(workshop, dialect, options)
+    return [Case(mode, dialect, "", at) for at in range(step // 2, count, step)]
 
 
 # --------------------------------------------------------------- recording
@@ -152,6 +148,9 @@ class Event(NamedTuple):
     text: bytes = b""
     durable: bool = False
     covers: int = 0  # a sync: so many events had happened when it began
+
+
+folder = functools.lru_cache(maxsize=None)(os.path.dirname)  # asked a million times
 
 
 class Recorder(Hand):
@@ -292,9 +291,9 @@ class State(NamedTuple):
     files: tuple
 
 
-def record(workshop, mode, dialect, features):
+def record(workshop, mode, dialect, options):
     """The path of a new recording."""
-    busy = Busy(workshop, dialect, features, status_elsewhere=mode == "elsewhere")
+    busy = Busy(workshop, dialect, options.features, status_elsewhere=mode == "elsewhere")
     with contextlib.closing(busy):
         busy.hand = recorder = Recorder(busy)
         busy.pause = PAUSE
@@ -313,8 +312,8 @@ def record(workshop, mode, dialect, features):
             busy.done,
             [transaction for transaction in busy.relay.transactions if transaction.accepted],
             moments,
-            list(states(recorder.events, begun, base)),
-            features,
+            list(states(recorder.events, range(begun, len(recorder.events), 5 if options.quick else 1), base)),
+            options.features,
         )
     handle, path = tempfile.mkstemp(prefix=f"{RECORDING}-{os.getppid()}-{mode}-")  # of the pool's process
     with open(handle, "wb") as file:
@@ -331,22 +330,21 @@ def load(path):
 # --------------------------------------------------------------- the model
 
 
-def states(events, begun, base):
-    """Every State that a cut may leave after any of the events from begun on, equal ones once."""
+def states(events, numbers, base):
+    """Every State that a cut may leave after these events, equal ones once."""
     chance, found = random.Random(1), {}
-    for number in range(begun, len(events)):
+    for number in numbers:
         past = events[: number + 1]
-        doubtful = in_doubt(past)
+        doubtful, contents = in_doubt(past), list(variants(past))
         for subset in subsets(doubtful, chance):
             missed = set(doubtful) - set(subset)
             directories, names = tree(past, missed, base)
-            for contents in variants(past):
-                files = tuple(sorted((path, file, contents.get(file, b"")) for path, file in names.items()))
-                key, ordered = (frozenset(directories), files), is_ordered(past, missed)
-                if key in found:
-                    found[key] = found[key]._replace(last=number, ordered=ordered or found[key].ordered)
-                else:
-                    found[key] = State(number, number, ordered, *key)
+            ordered = is_ordered(past, missed)
+            for content in contents:
+                files = tuple(sorted((path, file, content.get(file, b"")) for path, file in names.items()))
+                key = frozenset(directories), files
+                before = found.get(key, State(number, number, False, *key))
+                found[key] = before._replace(last=number, ordered=ordered or before.ordered)
     return list(found.values())
 
 
@@ -360,7 +358,7 @@ def in_doubt(past):
     for number, event in enumerate(past):
         if event.kind in ("content", "sync") or event.durable:
             continue
-        if not any(number < synced.get(os.path.dirname(place), 0) for place in event.places):
+        if not any(number < synced.get(folder(place), 0) for place in event.places):
             found.append(number)
     return found
 
@@ -383,8 +381,9 @@ def subsets(numbers, chance):
 def is_ordered(past, missed):
     """Whether on each file system, the spool's and that of the status file, only the last changes are missing."""
     gone = set()
-    for number, event in enumerate(past):
-        systems = {"status" if os.path.basename(os.path.dirname(place)) == "status" else "" for place in event.places}
+    for number in range(min(missed, default=len(past)), len(past)):
+        event = past[number]
+        systems = {folder(place).endswith("/status") for place in event.places}
         if number in missed:
             gone |= systems
         elif systems & gone and event.kind != "sync":
@@ -400,11 +399,11 @@ def tree(past, missed, base):
             continue
         if event.kind == "mkdir":
             directories.add(event.places[0])
-        elif event.kind in ("unlink", "rename"):
-            names = {path: file for path, file in names.items() if (path, file) != (event.places[0], event.file)}
+        if event.kind in ("unlink", "rename") and names.get(event.places[0]) == event.file:
+            del names[event.places[0]]
         if event.kind in ("create", "link", "rename"):
             names[event.places[-1]] = event.file
-    return directories, {path: file for path, file in names.items() if os.path.dirname(path) in directories}
+    return directories, {path: file for path, file in names.items() if folder(path) in directories}
 
 
 def variants(past):
@@ -456,7 +455,10 @@ def run_modelled(workshop, case):
             busy.spooled = {what: when for what, when in recording.spooled.items() if when <= moment}
             busy.done = {what: when for what, when in recording.done.items() if when <= moment}
             ours = [each for each in busy.relay.transactions if each.began > recording.moments[-2]]
-            busy.relay.transactions = [*given, *ours]
+            busy.relay.transactions.clear()
+            busy.relay.of_mail.clear()
+            for transaction in (*given, *ours):
+                busy.relay.begin(transaction)
             busy.judge(ages.why_not_again)
         return f"{ages.oldest:.2f}" if ages.oldest else ""
 

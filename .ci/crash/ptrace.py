@@ -230,7 +230,7 @@ class Tracer:
         request(GET_SYSCALL_INFO, thread, len(info), ctypes.addressof(info))
         number, *arguments = struct.unpack_from("7Q", info, 24)
         answer = None
-        if self.killed_at is None:
+        if self.killed_at is None and os.path.exists(f"/proc/{self.pid}/task/{thread}"):  # not of a process it started
             try:
                 answer = self.decide(Call(self.pid, thread, NAMES[number], arguments))
             except Kill:

@@ -33,14 +33,17 @@ class Relay:
 
     def __init__(self, offers=()):
         self.offers = offers
-        self.transactions = []
+        self.transactions, self.of_mail = [], collections.defaultdict(list)
         self.changed = threading.Condition()
         self.conversations = set()
         self.turned_away = collections.Counter()  # (mail, address) -> how often
         self.held = {}  # mail -> an Event that the reply to its content waits for
         self.holding = set()  # mails that wait for it
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=500)
+        self.listen(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def listen(self, where):
+        self.listener = socket.create_server(where, backlog=500)
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
@@ -56,10 +59,13 @@ class Relay:
     def conversation(self, sock):
         return Conversation(self, sock)
 
-    def close(self):
+    def stop_listening(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)  # wakes accept()
         self.listener.close()
+
+    def close(self):
+        self.stop_listening()
         for conversation in list(self.conversations):
             conversation.close()
 
@@ -79,12 +85,19 @@ class Relay:
             return REPLY_LATER if kind == "later" else REPLY_NEVER
         return b"250 2.1.5 fine\r\n"
 
+    def begin(self, transaction):
+        with self.changed:
+            self.transactions.append(transaction)
+            self.of_mail[transaction.mail].append(transaction)
+            self.changed.notify_all()
+
     def hold(self, mail):
         """The reply to this mail's content waits for release()."""
         self.held[mail] = threading.Event()
 
     def release(self, mail):
-        self.held[mail].set()
+        if mail in self.held:
+            self.held[mail].set()
 
     def is_held(self, mail):
         """Whether the content of this mail is there, and waits for its reply."""
@@ -96,12 +109,11 @@ class Relay:
 
     def times(self, mail, address):
         """The transactions in which the mail was taken for this recipient, the first one first."""
-        with self.changed:
-            some = [each for each in self.transactions if each.mail == mail and each.accepted is not None]
-        return sorted((each for each in some if each.asked.get(address)), key=lambda each: each.accepted)
+        some = [each for each in self.of_mail[mail] if each.accepted is not None and each.asked.get(address)]
+        return sorted(some, key=lambda each: each.accepted)
 
     def has_taken(self, mail, address):
-        return any(each.mail == mail and each.accepted and each.asked.get(address) for each in self.transactions)
+        return any(each.accepted and each.asked.get(address) for each in self.of_mail[mail])
 
 
 class Conversation:
@@ -115,7 +127,7 @@ class Conversation:
     def run(self):
         try:
             with contextlib.suppress(OSError, EOFError):
-                self.say(b"220 relay.example ESMTP\r\n")
+                self.greet()
                 while self.command(self.line()):
                     pass
                 self.answer()
@@ -132,6 +144,9 @@ class Conversation:
 
     # -- the protocol
 
+    def greet(self):
+        self.say(b"220 relay.example ESMTP\r\n")
+
     def command(self, line):
         verb = line[:4].upper()
         getattr(self, f"on_{verb.decode('ascii', 'replace')}", self.on_other)(line)
@@ -146,9 +161,7 @@ class Conversation:
 
     def on_MAIL(self, line):
         self.transaction = Transaction(local_part(line))
-        with self.relay.changed:
-            self.relay.transactions.append(self.transaction)
-            self.relay.changed.notify_all()
+        self.relay.begin(self.transaction)
         self.say(b"250 2.1.0 fine\r\n")
 
     def on_RCPT(self, line):
@@ -168,7 +181,7 @@ class Conversation:
 
     def on_BDAT(self, line):
         content = self.read(int(line.split()[1]))
-        if not self.transaction.recipients:
+        if not self.transaction or not self.transaction.recipients:
             return self.say(b"554 5.5.1 no valid recipients\r\n")
         return self.take(content)
 

@@ -53,11 +53,9 @@ class Settings(NamedTuple):
     script: str
     python: str
     jobs: int
-    memory: bool = True  # spools in memory, if it can be had: a disk's syncs take most of the time
-    warm: bool = True  # what gevent and Python import at their first use is imported already
 
 
-def wait_for(condition, seconds=PATIENCE, pause=0.002):
+def wait_for(condition, seconds=PATIENCE, pause=0.004):
     """condition()'s first true value, or its last one when the time is over."""
     end = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < end:
@@ -70,17 +68,17 @@ class Workshop:
 
     def __init__(self, settings):
         self.settings = settings
-        place = "/dev/shm" if settings.memory and os.access("/dev/shm", os.W_OK) else None
+        place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk's syncs take most of the time
         self.directory = Path(tempfile.mkdtemp(prefix="spoolgore-crash-", dir=place))
         self.directory.chmod(0o755)  # another user may have to get at his spool
         self.count = 0
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._zygote = None
+        self._zygotes = {}
 
     def close(self):
-        if self._zygote:
-            self._zygote.stdin.close()
-            self._zygote.wait()
+        for zygote in self._zygotes.values():
+            zygote.stdin.close()
+            zygote.wait()
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def new(self, name):
@@ -94,27 +92,34 @@ class Workshop:
         """Remove what new() gave."""
         shutil.rmtree(path.parent, ignore_errors=True)
 
-    def fork(self, request):
-        """The pid of a new process of the script."""
-        if not self._zygote:
-            self._zygote = subprocess.Popen(
-                [self.settings.python, HERE / "zygote.py", self.settings.script, *(AT_FIRST_USE * self.settings.warm)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "HARNESS": str(os.getpid()), "PYTHONDONTWRITEBYTECODE": "1"},
-            )
-            if self._zygote.stdout.readline() != b"ready\n":
-                raise CannotRun(f"{self.settings.python} cannot run {self.settings.script}, see above")
-        self._zygote.stdin.write(json.dumps(request).encode() + b"\n")
-        self._zygote.stdin.flush()
-        return int(self._zygote.stdout.readline())
+    def fork(self, request, cold=False):
+        """The pid of a new process of the script. cold: gevent and Python import at its first use what they import
+        then, else that is there already."""
+        if cold not in self._zygotes:
+            self._zygotes[cold] = self._start_zygote(() if cold else AT_FIRST_USE)
+        zygote = self._zygotes[cold]
+        zygote.stdin.write(json.dumps(request).encode() + b"\n")
+        zygote.stdin.flush()
+        return int(zygote.stdout.readline())
+
+    def _start_zygote(self, modules):
+        zygote = subprocess.Popen(
+            [self.settings.python, HERE / "zygote.py", self.settings.script, *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "HARNESS": str(os.getpid()), "PYTHONDONTWRITEBYTECODE": "1"},
+        )
+        if zygote.stdout.readline() != b"ready\n":
+            raise CannotRun(f"{self.settings.python} cannot run {self.settings.script}, see above")
+        return zygote
 
 
 class Daemon:
     """The script as a process, seen from outside."""
 
-    def __init__(self, workshop, spool, flags, decide=None, calls=(), but_not_to=(), clock=None, **request):
-        """decide, calls, but_not_to: how ptrace.Tracer follows it, and at which calls; clock: a Clock."""
+    def __init__(self, workshop, spool, flags, decide=None, calls=(), but_not_to=(), clock=None, cold=False, **request):
+        """decide, calls, but_not_to: how ptrace.Tracer follows it, and at which calls; clock: a Clock; cold: see
+        Workshop.fork; request: see zygote.py."""
         self.spool, self.log_path = Path(spool), Path(spool).parent / f"log{time.monotonic_ns()}"
         self.tracer, self._status = None, None
         gate = f"{self.log_path}.gate" if decide else None
@@ -130,7 +135,8 @@ class Daemon:
                 "clock": clock and str(clock.path),
                 "gate": gate,
                 **request,
-            }
+            },
+            cold,
         )
         if gate:
             self.tracer = ptrace.Tracer(self.pid, decide, lambda: os.close(os.open(gate, os.O_WRONLY)))

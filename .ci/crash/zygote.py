@@ -9,7 +9,8 @@ which waits for it. If that one ends, so does the process.
 
 A request: {"argv": [...], "cwd": ..., "log": standard error, "output": standard output, "environ": {...},
 "clock": a file with a double that is added to time.time(), "gate": a FIFO that is opened for reading before anything
-else, "filter": a seccomp program in hexadecimal, "limits": [[resource, soft, hard]...], "user": [uid, gid]}.
+else, "filter": a seccomp program in hexadecimal, "limits": [[resource, soft, hard]...], "user": [uid, gid],
+"powerless": whether it has no capabilities, so that also root is bound by the modes of files}.
 """
 
 import ast
@@ -87,8 +88,10 @@ def prepare(request):
         shift_clock(request["clock"])
     for kind, soft, hard in request.get("limits", ()):
         resource.setrlimit(kind, (soft, hard))
-    if request.get("user"):
+    if os.geteuid() == 0 and request.get("user"):
         become(*request["user"])
+    if request.get("powerless"):
+        libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
     if request.get("gate"):
         os.close(os.open(request["gate"], os.O_RDONLY))
     if request.get("filter"):
