@@ -11,6 +11,7 @@ The parts:
     errors      every system call fails, once and for a while
     power       every state that a power cut may leave, as far as it is not ruled out by a sync; and a real file system
     relay       a relay that lies, is silent, babbles, hangs up
+    resources   too few descriptors, no memory, a full disk, a clock that jumps, and more
 
 It drives the program from outside only: its command line, files in the spool, the status file, the log, signals. So the
 script under test may be any (--script), under any Python (--python) that has gevent and docopt.
@@ -48,10 +49,11 @@ import errors
 import hostile
 import kill
 import power
+import resources
 from features import features_of
 from workshop import ROOT, CannotRun, Failure, Settings, Workshop, python_with_gevent
 
-PARTS = {"kill": kill, "errors": errors, "power": power, "relay": hostile}
+PARTS = {"kill": kill, "errors": errors, "power": power, "relay": hostile, "resources": resources}
 CASE_SECONDS = 600  # no case takes longer, unless something hangs that should not
 SHOWN = 8  # commands for each kind of failure
 
