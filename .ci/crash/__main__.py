@@ -83,11 +83,14 @@ class Row(NamedTuple):
 def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # as an exception, so that everything is cleaned up
     os.environ.pop("NOTIFY_SOCKET", None)
+    results = []
     try:
         options = parse(argv)
-        results, remarks = run_all(options)
+        remarks = run_all(options, results)
     except CannotRun as error:
         sys.exit(str(error))
+    finally:
+        power.tidy([result.command for result in results if result.trouble])
     print_table([row(name, [each for each in results if each.part == name], remarks[name]) for name in options.parts])
     failures = [result for result in results if result.trouble]
     print_failures(failures, options)
@@ -144,8 +147,8 @@ def machine(options):
 # ------------------------------------------------------------------ running
 
 
-def run_all(options):
-    """(results, a dict from part to remarks) of all parts that were asked for."""
+def run_all(options, results):
+    """Fill the results of all parts that were asked for; returns a dict from part to remarks."""
     settings = Settings(options.script, options.python, options.jobs)
     remarks = {name: [lacking] for name in options.parts if (lacking := PARTS[name].missing())}
     able = [name for name in options.parts if name not in remarks]
@@ -156,20 +159,21 @@ def run_all(options):
         for name, cases in pool.imap_unordered(find_cases, [(name, options_of(name, options)) for name in able]):
             print(f"{name}: {len(cases):,} cases", flush=True)
             running += [pool.apply_async(run_case, [(name, case, options_of(name, options))]) for case in cases]
-        results = [shown(each.get(), options) for each in running]
+        for each in running:
+            results.append(shown(each.get(), options))
         pool.close()
         pool.join()
     for name in able:
         remarks[name] = PARTS[name].remarks([each.note for each in results if each.part == name and each.note])
-    power.tidy([result.command for result in results if result.trouble])
-    return results, remarks
+    return remarks
 
 
 def enter(settings, options):
     """What each process of the pool has."""
     global workshop
     sys.setswitchinterval(0.0002)  # the tracer's thread does not wait for long
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of every finally
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that leads us ends us
     signal.signal(signal.SIGALRM, too_long)
     workshop = Workshop(settings)
     multiprocessing.util.Finalize(workshop, workshop.close, exitpriority=1)
@@ -207,7 +211,7 @@ def too_long(*_):
 def shown(result, options):
     """The result, of which what failed is printed at once."""
     if result.trouble:
-        print(f"{result.command}: {result.where}: {result.trouble}", flush=True)
+        print(": ".join(filter(None, [result.command, result.where, result.trouble])), flush=True)
         print(result.log if options.log or result.trouble.startswith("a fault") else "", end="", flush=True)
     return result
 
@@ -238,7 +242,7 @@ def print_failures(failures, options):
     for same in sorted(kinds.values(), key=len, reverse=True):
         print(f"\n{len(same)} x {same[0].trouble}")
         for failure in same[:SHOWN]:
-            print(f"    python .ci/crash {failure.command}{script}  # {failure.where}")
+            print(f"    python .ci/crash {failure.command}{script}{failure.where and '  # '}{failure.where}")
         if len(same) > SHOWN:
             print(f"    and {len(same) - SHOWN} more, see above")
 

@@ -80,6 +80,7 @@ ERRORS_ON = {  # of which only some are possible there, or some more
     ("read", "eventfd"): (),
     ("newfstatat", "library"): (),  # of Python's own import
     ("readlink", "library"): (),
+    ("getdents64", "library"): (),
     ("fcntl", ".spoolgore.lock"): ("EIO", "ENOLCK", "EAGAIN"),
 }
 ON_SOCKETS = {"sendto", "recvfrom", "connect", "setsockopt", "socket", "mmap", "read", "getsockname"}
@@ -348,15 +349,17 @@ def check_lock(busy):
 
 
 def check_cpu(daemon, seconds):
-    """It waits for what it cannot do, and does not try at once again and again; when nothing is to be done it rests.
-
-    seconds: since its start.
-    """
-    used = cpu(daemon.pid)
-    if used > 1 + seconds / 4:
+    """It waits for what it cannot do, and does not try at once again and again. seconds: since its start."""
+    if (used := cpu(daemon.pid)) > 1 + seconds / 4:
         raise Failure(f"it spins: {used:.1f} s of CPU in {seconds:.1f} s")
+    check_rest(daemon)
+
+
+def check_rest(daemon):
+    """When nothing is to be done it does nothing."""
+    before = cpu(daemon.pid)
     time.sleep(IDLE_SECONDS)
-    if (used := cpu(daemon.pid) - used) > IDLE_SECONDS / 5:
+    if (used := cpu(daemon.pid) - before) > IDLE_SECONDS / 5:
         raise Failure(f"it spins when idle: {used:.2f} s of CPU in {IDLE_SECONDS} s")
 
 

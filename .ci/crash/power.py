@@ -49,7 +49,18 @@ EXHAUSTIVE, RANDOM = 4, 6  # so many changes in doubt are tried in every subset;
 RECORDING = "spoolgore-power"
 MODES = ("home", "elsewhere")  # where the status file is: in the spool, or on another file system
 CALLS = [*kill.CHANGES_FILES, *kill.SYNCS]
-UNKNOWN = {"rmdir", "symlink", "symlinkat", "sync", "syncfs", "sendfile", "copy_file_range", "fallocate", "truncate"}
+UNKNOWN = {
+    "creat",
+    "rmdir",
+    "symlink",
+    "symlinkat",
+    "sync",
+    "syncfs",
+    "sendfile",
+    "copy_file_range",
+    "fallocate",
+    "truncate",
+}
 CONTENT = {"write", "pwrite64", "writev", "ftruncate"}
 EXT4_IOC_SHUTDOWN, NOLOGFLUSH = 0x8004587D, 2
 EVERY_REAL = 8  # calls between two real cuts

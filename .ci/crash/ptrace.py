@@ -10,7 +10,6 @@ x86-64 Linux only: a call is made to fail by way of its registers.
 
 import contextlib
 import ctypes
-import errno
 import os
 import platform
 import signal
@@ -266,10 +265,3 @@ def fail(thread, code):
 def kill(pid):
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def code_of(name):
-    """The number of an error such as EIO. Raises ValueError."""
-    if not isinstance(getattr(errno, name, None), int):
-        raise ValueError(f"{name} is no error of this system")
-    return getattr(errno, name)

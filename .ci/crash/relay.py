@@ -190,7 +190,7 @@ class Conversation:
         self.say(b"250 2.0.0 fine\r\n")
 
     def take(self, content):
-        transaction, self.transaction = self.transaction, None
+        transaction = self.transaction
         if held := self.relay.held.get(transaction.mail):
             self.relay.holding.add(transaction.mail)
             self.answer()
@@ -201,7 +201,7 @@ class Conversation:
         self.say(REPLY_TAKEN)
         self.answer()
         with self.relay.changed:
-            transaction.replied = time.monotonic()
+            transaction.replied, self.transaction = time.monotonic(), None
             self.relay.changed.notify_all()
 
     # -- bytes

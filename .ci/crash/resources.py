@@ -12,7 +12,7 @@ import time
 from typing import NamedTuple
 
 from busy import DAY, Busy, check_log
-from errors import MINUTE, check_cpu, check_lock, check_repetitions
+from errors import MINUTE, check_lock, check_repetitions, check_rest
 from workshop import CannotRun, Failure, explained, make_mail, wait_for
 
 HEALING_SECONDS = 40
@@ -54,7 +54,7 @@ def run(workshop, case, options):
     busy.flags[busy.flags.index("-rate") + 1] = "100/s"
     busy.flags[busy.flags.index("-concurrency") + 1] = 20
     try:
-        with contextlib.closing(busy), explained(lambda: case.name, busy.words):
+        with contextlib.closing(busy), explained(lambda: "", busy.words):
             CASES[case.name](busy)
     except CannotRun as reason:
         return f"not tried: {case.name}, {reason}"
@@ -369,7 +369,7 @@ def finish(busy, seconds=HEALING_SECONDS):
         raise Failure(f"it ended, exit status {busy.daemon.poll()}; {busy.daemon.last_words()}")
     if left := busy.mails_left():
         raise Failure(f"does not heal: {len(left)} mails, {' '.join(sorted(left)[:9])} still there")
-    check_cpu(busy.daemon, time.monotonic() - began + seconds)
+    check_rest(busy.daemon)
     check_lock(busy)
     if status := busy.daemon.stop():
         raise Failure(f"exit status {status} in the end; {busy.daemon.last_words()}")
