@@ -205,11 +205,11 @@ class Busy:
         found = [r for r in recipients(entries.get(str(self.spool / name), {})) if r["Address"] == address]
         for recipient in found:
             recipient.update(Status=2, Error="")
-        aside = self.status_path.with_name(".edited")
+        aside, moment = self.status_path.with_name(".edited"), time.monotonic()
         self.hand.create(aside, json.dumps(entries, indent="\t").encode())
         self.hand.rename(aside, self.status_path)
         if found:
-            self.done["edit"] = time.monotonic()
+            self.done["edit"] = moment
 
     # -- what can be seen
 
@@ -234,6 +234,12 @@ class Busy:
 
     def mails_left(self):
         return [name for name in os.listdir(self.spool) if not name.startswith(".")]
+
+    def without_rate(self):
+        """-rate syncs a file before each transaction, and makes us wait."""
+        at = self.flags.index("-rate")
+        del self.flags[at : at + 2]
+        return self
 
     # -- after it
 

@@ -18,7 +18,8 @@ do; "unordered" that it takes one that does not.
 A status file on another file system (-json) is the second mode: its syncs say nothing about the spool.
 
 Where root, mkfs.ext4 and a loop device are to be had, the power is also cut for real: ext4 is shut down without
-flushing its journal (EXT4_IOC_SHUTDOWN) at some of the calls of part 1.
+flushing its journal (EXT4_IOC_SHUTDOWN) at some of the calls of part 1, in a run without -rate, whose syncs would
+make all the rest last.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ UNKNOWN = {
 }
 CONTENT = {"write", "pwrite64", "writev", "ftruncate"}
 EXT4_IOC_SHUTDOWN, NOLOGFLUSH = 0x8004587D, 2
-EVERY_REAL = 8  # calls between two real cuts
+EVERY_REAL = 4  # calls between two real cuts
 
 
 class Case(NamedTuple):
@@ -141,9 +142,10 @@ def modelled_cases(workshop, mode, dialect, options):
 def real_cases(workshop, mode, dialect, options):
     if options.at:
         return [Case(mode, dialect, "", options.at)]
-    step = EVERY_REAL * (10 if options.quick else options.every)
-    count = kill.calls_of_a_run(workshop, dialect, options)
-    return [Case(mode, dialect, "", at) for at in range(step // 2, count, step)]
+    killer, step = kill.Killer(), EVERY_REAL * (10 if options.quick else options.every)
+    with contextlib.closing(Busy(workshop, dialect, options.features).without_rate()) as busy:
+        kill.live(busy, killer)
+    return [Case(mode, dialect, "", at) for at in range(step // 2, killer.count, step)]
 
 
 # --------------------------------------------------------------- recording
@@ -453,7 +455,7 @@ def run_modelled(workshop, case):
     recording = load(case.recording)
     state = recording.states[case.number]
     until = recording.moments[state.last + 1]
-    busy = Busy(workshop, case.dialect, recording.features, status_elsewhere=case.mode == "elsewhere")
+    busy = Busy(workshop, case.dialect, recording.features, case.mode == "elsewhere").without_rate()
     with contextlib.closing(busy), explained(lambda: description(recording, state), busy.words):
         busy.mails = recording.mails
         materialize(busy, recording, state)
@@ -493,12 +495,9 @@ def materialize(busy, recording, state):
 
 
 def restart(busy):
-    """One life, a day later: everything is due, and nobody is deferred a first time. Without -rate, whose turns would
-    only be waited for."""
+    """One life, a day later: everything is due, and nobody is deferred a first time."""
     busy.clock.advance(DAY)
     busy.relay.turned_away.update((mail.name, address) for mail in busy.mails.values() for address in mail.recipients)
-    at = busy.flags.index("-rate")
-    del busy.flags[at : at + 2]
     status = busy.run_once()
     if status and not busy.mails_left():
         raise Failure(f"exit status {status} of the restart; {busy.daemon.last_words()}")
@@ -583,7 +582,7 @@ def shut_down(directory):
 
 
 def run_real(workshop, case, options):
-    busy = Busy(workshop, case.dialect, options.features, case.mode == "elsewhere", Lasting())
+    busy = Busy(workshop, case.dialect, options.features, case.mode == "elsewhere", Lasting()).without_rate()
     image, cut = busy.home / "image", PowerCut(case.number, busy.spool)
     with contextlib.closing(busy), explained(lambda: f"cut before {cut.last or 'nothing'}", busy.words):
         make_file_system(image)
