@@ -216,7 +216,9 @@ class Hostile(Conversation):
             raise EOFError
         if fault == "garbage":
             self.shifted = True
-            self.say(self.chance.choice(GARBAGE))
+            garbage = self.chance.choice(GARBAGE)
+            self.script.append(f"    {garbage}")
+            self.say(garbage)
             return None
         if fault == "slow":
             self.do_slow(said)
@@ -326,6 +328,7 @@ class Battle:
             wait_for(self.is_over, 0.5)
             self.clock.advance(MINUTE)
         if self.daemon.is_alive() and (left := self.left()):
+            self.judged = left[0]
             raise Failure(f"does not heal: {' '.join(left)} still there")
         if status := self.daemon.stop():
             raise Failure(f"exit status {status}; {self.daemon.last_words()}")
