@@ -461,17 +461,16 @@ def run_modelled(workshop, case):
         materialize(busy, recording, state)
         busy.write_anew()
         restart(busy)
-        ages = Ages(until)
-        since = recording.moments[state.first]
-        for moment in (until, since):  # nobody may be lost who had not got it at the first of these
-            given = [each for each in recording.transactions if each.accepted <= moment]
-            busy.spooled = {what: when for what, when in recording.spooled.items() if when <= moment}
-            busy.done = {what: when for what, when in recording.done.items() if when <= moment}
-            ours = [each for each in busy.relay.transactions if each.began > recording.moments[-2]]
-            busy.relay.transactions.clear()
-            busy.relay.of_mail.clear()
-            for transaction in (*given, *ours):
-                busy.relay.begin(transaction)
+        ages, since = Ages(until), recording.moments[state.first]
+        # only what was done before the first moment at which the disk may be like this is sure to have been done
+        busy.spooled = {what: when for what, when in recording.spooled.items() if when <= since}
+        busy.done = {what: when for what, when in recording.done.items() if when <= since}
+        restarted = list(busy.relay.transactions)
+        for moment in (until, since):  # to have it again is judged by the last moment, to be lost by the first
+            busy.relay.forget()
+            for transaction in (*recording.transactions, *restarted):
+                if transaction in restarted or transaction.accepted <= moment:
+                    busy.relay.begin(transaction)
             busy.judge(ages.why_not_again)
         return f"{ages.oldest:.2f}" if ages.oldest else ""
 

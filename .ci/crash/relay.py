@@ -91,6 +91,11 @@ class Relay:
             self.of_mail[transaction.mail].append(transaction)
             self.changed.notify_all()
 
+    def forget(self):
+        """Every transaction."""
+        self.transactions.clear()
+        self.of_mail.clear()
+
     def hold(self, mail):
         """The reply to this mail's content waits for release()."""
         self.held[mail] = threading.Event()
