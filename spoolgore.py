@@ -1885,7 +1885,9 @@ class Spool:
 
     def put_aside(self, path):
         """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
-        os.makedirs(self.failed, 0o700, exist_ok=True)
+        if not look(self.failed):
+            os.makedirs(self.failed, 0o700)
+            sync_directory(self.directory)  # or a power cut may take it away, and with it what is moved there
         target = next(itertools.filterfalse(look, self.failed_paths(path)))
         os.rename(path, target)
         return target

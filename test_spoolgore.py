@@ -4711,6 +4711,18 @@ def test_a_file_that_is_replaced_while_the_status_is_written_before_it_is_put_as
     assert state_in(spooler, "m1") == "in line" and spooler.queue.mails[str(spool / "m1")].entry is None
 
 
+def test_the_directory_for_what_was_given_up_is_on_the_disk_before_anything_is_moved_there(spool, monkeypatch):
+    """Else a power cut may leave the mail neither here nor there."""
+    for name in ("m1", "m2"):
+        put(spool, name, mail())
+    happened, the_spool = [], spoolgore.Spool(str(spool))
+    monkeypatch.setattr(spoolgore, "sync_directory", lambda path: happened.append((path, (spool / ".failed").exists())))
+    monkeypatch.setattr(os, "rename", lambda *paths, real=os.rename: happened.append("moved") or real(*paths))
+    for name in ("m1", "m2"):
+        the_spool.put_aside(str(spool / name))
+    assert happened == [(str(spool), True), "moved", "moved"] and given_up(spool) == ["m1", "m2"]
+
+
 def test_a_writer_that_ends_while_the_file_is_opened(spool, monkeypatch):
     """What is known of the file is what he left, else it looks like another one when it was sent."""
     path = spool / "m1"

@@ -205,11 +205,11 @@ class Busy:
         found = [r for r in recipients(entries.get(str(self.spool / name), {})) if r["Address"] == address]
         for recipient in found:
             recipient.update(Status=2, Error="")
-        aside, moment = self.status_path.with_name(".edited"), time.monotonic()
+        aside = self.status_path.with_name(".edited")
         self.hand.create(aside, json.dumps(entries, indent="\t").encode())
         self.hand.rename(aside, self.status_path)
         if found:
-            self.done["edit"] = moment
+            self.done["edit"] = time.monotonic()
 
     # -- what can be seen
 
