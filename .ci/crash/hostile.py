@@ -6,7 +6,8 @@ what they took, and what the daemon can know of that:
 
 - "yes": one clear 2xx to the content, for a recipient and a sender that were clearly accepted. It is settled then.
 - "no": clearly not.
-- "maybe": 2xx and nothing else, but more replies than were asked for: the daemon may take it for delivered or not.
+- "maybe": 2xx and nothing else, but a reply too many, or one in place of another that never came: the daemon may take
+  it for delivered or not.
 - "doubt": anything else. It is not delivered, and may go again; if it does, the log says that it may have arrived.
 
 A reply that was not asked for comes in one write with the next one that was. If it came alone and early, a client that
@@ -184,6 +185,8 @@ class Hostile(Conversation):
         """What the daemon can know of its mail from this reply."""
         if fault == "421" or (fault == "wrong" and not is_positive(said)):
             return "no"
+        if fault == "close" and self.shifted:
+            return "maybe"  # the surplus reply passes for this one: as many came as were asked for
         if fault not in (None, "wrong", "many", "slow", "surplus") or (extra and not is_positive(extra)):
             return "doubt"
         return "maybe" if extra or self.shifted else "yes"
