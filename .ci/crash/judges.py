@@ -158,17 +158,23 @@ def run(workshop, case, options):
     ]
     said = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        for line in process.stdout:
-            said.append(line.strip())
-            if line.startswith(flaw.part.split()[0] + " ") and re.search(flaw.finding, line):
-                process.terminate()
-                break
-        else:
-            failure = Failure(f"not found: {flaw.words}; {' / '.join(said[-12:])[:1000]}")
-            failure.where = flaw.part
-            raise failure
+        try:
+            for line in process.stdout:
+                said.append(line.strip())
+                if is_finding(line, flaw):
+                    break
+        finally:
+            process.terminate()
     workshop.drop(script.parent)
+    if not (said and is_finding(said[-1], flaw)):
+        failure = Failure(f"not found: {flaw.words}; {' / '.join(said[-12:])[:1000]}")
+        failure.where = flaw.part
+        raise failure
     return "found"
+
+
+def is_finding(line, flaw):
+    return line.startswith(flaw.part.partition(" ")[0] + " ") and re.search(flaw.finding, line)
 
 
 def break_copy(script, copy, code):
