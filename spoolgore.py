@@ -4186,8 +4186,9 @@ class Spooler:
 
     def is_back(self, aside):
         """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
-        back = aside.state == ASIDE and self.queue.mails.get(self.spool.path(os.path.basename(aside.path)))
-        return bool(back) and not has_recipients(back.envelope())
+        path = self.spool.path(os.path.basename(aside.path))
+        back = self.queue.mails.get(path)
+        return aside.state == ASIDE and (not has_recipients(back.envelope()) if back else bool(look(path)))
 
     # -- complaints, each once
 
@@ -4338,6 +4339,8 @@ def main(argv):
         return complain(f"corrupt status file, {error}")
     except OSError as error:
         return complain(describe(error))
+    except MemoryError:
+        return complain("no memory")
 
 
 def usage():

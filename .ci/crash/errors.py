@@ -83,6 +83,7 @@ ERRORS_ON = {  # of which only some are possible there, or some more
     ("getdents64", "library"): (),
     ("fcntl", ".spoolgore.lock"): ("EIO", "ENOLCK", "EAGAIN"),
 }
+STATS = {"stat", "lstat", "newfstatat"}
 ON_SOCKETS = {"sendto", "recvfrom", "connect", "setsockopt", "socket", "mmap", "read", "getsockname"}
 CONVERSATION = {"sendto", "recvfrom", "connect", "write"}  # differs from dialect to dialect
 SPANS = ("once", "50", "second")
@@ -183,7 +184,8 @@ def in_start(workshop, dialect, options):
 
 def errors_of(call, on):
     found = ERRORS_ON.get((call, on), ERRORS[call])
-    if call == "openat" and not on.startswith("."):  # a mail that may not be read is held until its file changes
+    may_be_mail = not on.startswith(".") and (call == "openat" or (call in STATS and on != "spool"))
+    if may_be_mail:  # one that may not be read is held until its file changes
         found = [error for error in found if error != "EACCES"]
     return found
 
