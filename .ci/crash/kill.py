@@ -14,7 +14,7 @@ from typing import NamedTuple
 import ptrace
 from busy import KNOWN_SECONDS, SETTLED_SECONDS, Busy
 from relay import DIALECTS
-from workshop import explained, read_status, states
+from workshop import explained, read_status, states, stretched
 
 CHANGES_FILES = [
     "openat", "open", "openat2", "creat", "write", "pwrite64", "writev", "rename", "renameat", "renameat2", "link",
@@ -144,7 +144,7 @@ class Wreck:
             return "its next transaction had begun already"
         if self.knows(mail, address):
             return "the status file knew of it"
-        if age > SETTLED_SECONDS and not self.was_renamed_just_now(mail):
+        if age > stretched(SETTLED_SECONDS) and not self.was_renamed_just_now(mail):
             return f"that was done {age:.2f} s before the kill"
         return ""
 
@@ -157,7 +157,7 @@ class Wreck:
     def was_renamed_just_now(self, mail):
         """The status file may not know the new name yet of a mail that waits."""
         moments = [self.busy.done.get(name, 0) for name in RENAMED.get(mail, ())]
-        return any(0 < self.moment - moment < KNOWN_SECONDS for moment in moments)
+        return any(0 < self.moment - moment < stretched(KNOWN_SECONDS) for moment in moments)
 
 
 RENAMED = {"part": ["moved"], "held": ["kept"]}

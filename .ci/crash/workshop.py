@@ -63,6 +63,11 @@ def wait_for(condition, seconds=PATIENCE, pause=0.004):
     return value
 
 
+def stretched(seconds):
+    """As long as that takes when others want the processors, too."""
+    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 class Workshop:
     """A directory for the spools of one process of ours, and a zygote that starts daemons; nothing is left."""
 
