@@ -207,9 +207,10 @@ class Busy:
             recipient.update(Status=2, Error="")
         aside = self.status_path.with_name(".edited")
         self.hand.create(aside, json.dumps(entries, indent="\t").encode())
+        moment = time.monotonic()  # before the change is noted, and after all that was before it
         self.hand.rename(aside, self.status_path)
         if found:
-            self.done["edit"] = time.monotonic()
+            self.done["edit"] = moment
 
     # -- what can be seen
 
