@@ -42,7 +42,7 @@ import kill
 import ptrace
 from busy import DAY, Busy
 from relay import DIALECTS
-from workshop import Failure, Hand, explained
+from workshop import Failure, Hand, explained, stretched
 
 AGAIN_SECONDS = 2.0  # what was delivered so shortly before the cut may go again
 PAUSE = 2.5  # longer than that
@@ -309,7 +309,7 @@ def record(workshop, mode, dialect, options):
     busy = Busy(workshop, dialect, options.features, status_elsewhere=mode == "elsewhere")
     with contextlib.closing(busy):
         busy.hand = recorder = Recorder(busy)
-        busy.pause = PAUSE
+        busy.pause = stretched(PAUSE)
         busy.prepare()
         begun = len(recorder.events)
         busy.start(decide=recorder, calls=CALLS, but_not_to=(2,))
@@ -514,7 +514,7 @@ class Ages:
         self.oldest = max(self.oldest, age)
         if len(others) > 1:
             return "one cut explains two times"
-        if age > AGAIN_SECONDS:
+        if age > stretched(AGAIN_SECONDS):
             return f"it was delivered {min(age, DAY):.1f} s before the cut"
         return ""
 

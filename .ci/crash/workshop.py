@@ -64,8 +64,8 @@ def wait_for(condition, seconds=PATIENCE, pause=0.004):
 
 
 def stretched(seconds):
-    """As long as that takes when others want the processors, too."""
-    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """As long as that may take when others want the processors, too."""
+    return seconds * min(4, max(1, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
 class Workshop:
