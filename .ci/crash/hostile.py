@@ -6,8 +6,9 @@ what they took, and what the daemon can know of that:
 
 - "yes": one clear 2xx to the content, for a recipient and a sender that were clearly accepted. It is settled then.
 - "no": clearly not.
-- "maybe": 2xx and nothing else, but a reply too many, or one in place of another that never came: the daemon may take
-  it for delivered or not.
+- "maybe": 2xx and nothing else, but more replies than were asked for: the daemon may take it for delivered or not.
+- "hidden": there was a reply too many before, and then one too few: as many came as were asked for, and each passes for
+  the one before it. Nobody can know that the mail was taken, nor say that it may have been.
 - "doubt": anything else. It is not delivered, and may go again; if it does, the log says that it may have arrived.
 
 A reply that was not asked for comes in one write with the next one that was. If it came alone and early, a client that
@@ -38,6 +39,7 @@ CODES = (b"220", b"221", b"250", b"299", b"334", b"354", b"450", b"451", b"452",
          b"504", b"530", b"550", b"552", b"553", b"554")  # fmt: skip
 GARBAGE = (b"\x00\xff\xfe\x01\r\n", b"hello\r\n", b"2500 fine\r\n", b"25 fine\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n",
            b"\r\n", b"250_fine\r\n", b"-250 fine\r\n", b"\xe2\x80\xa8250 fine\r\n")  # fmt: skip
+CLAIMABLE = {"yes", "maybe", "hidden"}  # what the relay's words may be when the daemon says that a mail was sent
 OFFERS = ("PIPELINING", "CHUNKING", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "SIZE 1000000", "DSN")
 
 
@@ -165,13 +167,13 @@ class Hostile(Conversation):
         said = self.wrong_code(b"250") if fault == "wrong" else b"250 2.0.0 taken\r\n"
         extra = self.any_code() if fault == "surplus" else b""
         told = self.told(fault, said, extra)
-        took = told in ("yes", "maybe") or (told == "doubt" and self.chance.random() < 0.5)
+        took = told in ("yes", "maybe", "hidden") or (told == "doubt" and self.chance.random() < 0.5)
         with self.relay.changed:
             transaction.content = content
             transaction.accepted = time.monotonic() if took else None
             for address in transaction.recipients:
                 unclear = not transaction.clear or transaction.told.get(address)
-                transaction.told[address] = "doubt" if unclear and told != "no" else told
+                transaction.told[address] = "doubt" if unclear and told not in ("no", "hidden") else told
         if extra and self.chance.random() < 0.5:
             said, extra = extra, said
         try:
@@ -186,7 +188,7 @@ class Hostile(Conversation):
         if fault == "421" or (fault == "wrong" and not is_positive(said)):
             return "no"
         if fault == "close" and self.shifted:
-            return "maybe"  # the surplus reply passes for this one: as many came as were asked for
+            return "hidden"
         if fault not in (None, "wrong", "many", "slow", "surplus") or (extra and not is_positive(extra)):
             return "doubt"
         return "maybe" if extra or self.shifted else "yes"
@@ -364,11 +366,11 @@ class Battle:
         told = [each.told[address] for each in tries]
         taken = self.relays[0].times(mail.name, address)
         claims = len(re.findall(rf"successfully sent to {re.escape(address)}(?![\w.@-])", log))
-        if claims > told.count("yes") + told.count("maybe"):
+        if claims > sum(word in CLAIMABLE for word in told):
             raise Failure(f"{about}: {claims} times sent, it says, but the relay's words were: {' '.join(told)}")
         if state == "given up" and "yes" in told:
             raise Failure(f"{about} is given up although the relay took it")
-        if state != "given up" and not {"yes", "maybe"} & set(told):
+        if state != "given up" and not CLAIMABLE & set(told):
             raise Failure(f"{about} is settled although the relay never said so: {' '.join(told)}")
         if state != "given up" and not taken:
             raise Failure(f"{about} is lost")
@@ -377,7 +379,7 @@ class Battle:
                 raise Failure(f"{mail.name} arrived with another content")
         if "yes" in [transaction.told[address] for transaction in taken[:-1]]:
             raise Failure(f"{about} got it again although the relay had taken it: {' '.join(told)}")
-        if len(taken) > 1 and not re.search(rf"{re.escape(address)}.*may have arrived", log):
+        if len(taken) > 1 and "hidden" not in told and not re.search(rf"{re.escape(address)}.*may have arrived", log):
             raise Failure(f'{about} got it {len(taken)} times, and no line says "may have arrived"')
         return len(taken) > 1
 
