@@ -1988,7 +1988,9 @@ class Spool:
 
     def put_aside(self, path):
         """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
-        os.makedirs(self.failed, 0o700, exist_ok=True)
+        if not look(self.failed):
+            os.makedirs(self.failed, 0o700)
+            sync_directory(self.directory)  # or a power cut may take it away, and with it what is moved there
         target = next(itertools.filterfalse(look, self.failed_paths(path)))
         os.rename(path, target)
         return target
@@ -4395,8 +4397,9 @@ class Spooler:
 
     def is_back(self, aside):
         """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
-        back = aside.state == ASIDE and self.queue.mails.get(self.spool.path(os.path.basename(aside.path)))
-        return bool(back) and not has_recipients(back.envelope())
+        path = self.spool.path(os.path.basename(aside.path))
+        back = self.queue.mails.get(path)
+        return aside.state == ASIDE and (not has_recipients(back.envelope()) if back else bool(look(path)))
 
     # -- complaints, each once
 
@@ -4549,6 +4552,8 @@ def main(argv):
         return complain(f"corrupt status file, {error}")
     except OSError as error:
         return complain(describe(error))
+    except MemoryError:
+        return complain("no memory")
 
 
 def usage():

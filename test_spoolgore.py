@@ -4975,6 +4975,49 @@ def test_a_file_that_is_replaced_while_the_status_is_written_before_it_is_put_as
     assert state_in(spooler, "m1") == "in line" and spooler.queue.mails[str(spool / "m1")].entry is None
 
 
+def test_no_memory_for_the_loop_is_said(spool):
+    """gevent's loop gets its stack when the first greenlet waits."""
+    code = (
+        "import sys; import spoolgore as s; s.serve = lambda _: bytearray(sys.maxsize); sys.exit(s.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(spool)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert (done.returncode, done.stderr[20:]) == (1, "no memory\n")
+
+
+def test_the_directory_for_what_was_given_up_is_on_the_disk_before_anything_is_moved_there(spool, monkeypatch):
+    """Else a power cut may leave the mail neither here nor there."""
+    for name in ("m1", "m2"):
+        put(spool, name, mail())
+    happened, the_spool = [], spoolgore.Spool(str(spool))
+    monkeypatch.setattr(spoolgore, "sync_directory", lambda path: happened.append((path, (spool / ".failed").exists())))
+    monkeypatch.setattr(os, "rename", lambda *paths, real=os.rename: happened.append("moved") or real(*paths))
+    for name in ("m1", "m2"):
+        the_spool.put_aside(str(spool / name))
+    assert happened == [(str(spool), True), "moved", "moved"] and given_up(spool) == ["m1", "m2"]
+
+
+def test_a_mail_that_is_moved_back_between_two_looks_is_known(spool, status):
+    """The spool was listed before the move, .failed after it: the file was in neither."""
+    put(spool, "m1", mail("has@x.org, never@x.org"))
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    verdicts = {"has@x.org": spoolgore.Verdict.DELIVERED, "never@x.org": spoolgore.Verdict.DEFERRED}
+    tried = []
+    spooler.relay.send = lambda sender, addresses, message: (
+        tried.append(addresses) or {address: spoolgore.Outcome(verdicts[address], "451 later") for address in addresses}
+    )
+    status.commit = lambda mail: True
+    handle(spooler, "m1")
+    listed = spooler.spool.list()
+    (spool / ".failed/m1").rename(spool / "m1")
+    spooler.take_stock(listed)
+    handle(spooler, "m1")
+    assert tried == [["has@x.org", "never@x.org"], ["never@x.org"]] and given_up(spool) == ["m1"]
+    (spool / ".failed/m1").unlink()
+    spooler.take_stock(spooler.spool.list())
+    assert not spooler.queue.mails
+
+
 def test_a_writer_that_ends_while_the_file_is_opened(spool, monkeypatch):
     """What is known of the file is what he left, else it looks like another one when it was sent."""
     path = spool / "m1"
