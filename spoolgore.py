@@ -59,6 +59,8 @@ Status options:
                          spool directory if empty
   -status                print how the spool is doing and exit: 0, or 1 when no
                          daemon runs or a mail was given up
+  -flush                 have the daemon that runs on DIRECTORY send everything
+                         now, and exit: 0, or 1 when it cannot be asked
 
 Other options:
   -h, -help              print this text
@@ -170,6 +172,7 @@ SPARE_DESCRIPTORS = 30  # for the lock, the status, inotify, the interpreter
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
 UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go (a link may look like that), or is there
 NAME_LIMIT = 255  # octets of a file's name (NAME_MAX)
+STATE_LIMIT = 2**30  # octets; no state file is larger: a million mails are waiting then
 SAVE_SECONDS = 1  # the least time between two writes of the status file
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 SPEED_SECONDS = 10  # mails a second are those of this time
@@ -269,6 +272,7 @@ class Options(NamedTuple):
     once: bool
     json: str
     status: bool
+    flush: bool
 
 
 class Address(NamedTuple):
@@ -409,7 +413,7 @@ def typed(found):
     least = {"concurrency": 1, "timeout": 1, "freq": 0, "attempts": 0}
     numbers = {name: whole_number(name, found[name], low) for name, low in least.items()}
     check_words(found)
-    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
+    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status", "flush")}
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
     values = {**found, **switches, **numbers, **parsed}
@@ -1441,13 +1445,16 @@ def repacked(path, entry):
     return pack(path, unpack(entry)) if isinstance(entry, bytes) else entry
 
 
-def read_status(path):
-    """(path, entry) for each entry of a status file; none when there is no file. Raises CorruptStatus, OSError."""
+def read_status(path, owners=None):
+    """(path, entry) for each entry of a status file; none when there is no file. Raises CorruptStatus, OSError.
+
+    owners: as in distrust()."""
     try:
-        with open(path, "rb") as file:
-            text = file.read()
+        text = read_state(path, owners)
     except FileNotFoundError:
         return
+    except Untrusted as error:
+        raise CorruptStatus(error.strerror) from None
     try:
         for part in pieces(text):
             yield from parsed(part).items()
@@ -1533,11 +1540,16 @@ class Status:
         return ASIDE if os.path.dirname(path) == self.spool.failed else RESTING
 
     def _read(self, error=""):
-        entries = []
+        entries, others = [], []
         for path, envelope in self.spool.at_home(read_status(self.path)):
+            if not self.spool.may_be_mail(path):
+                others.append(path)
+                continue
             if not envelope_problem(envelope):
                 interrupted(envelope, error)
             entries.append((path, pack(path, envelope)))
+        if others:
+            log(f"{self.path} names {len(others)} files that are no mails of this spool, ignored: {others[0]}")
         return entries
 
     def _merge(self, mail, packed):
@@ -1553,13 +1565,7 @@ class Status:
 
     def set_aside(self, now, error):
         """Move a corrupt file out of the way, and say so."""
-        moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y%m%dT%H%M%SZ")
-        aside = hidden(self.path, f".corrupt-{moment}")
-        try:
-            os.replace(self.path, aside)
-        except OSError as problem:
-            return log(f"corrupt status file {self.path}, {error}: {describe(problem)}")
-        return log(f"corrupt status file {self.path}, {error}: moved to {aside}")
+        log(f"corrupt status file {self.path}, {error}: {set_aside(self.path, now)}")
 
     # -- writing
 
@@ -1647,21 +1653,139 @@ def write_status(path, packed, forgetful):
 
 def write_durably(path, chunks):
     """Replace a file's content so that a crash leaves the old one or the new one, whole. Mode 0600."""
-    temporary = hidden(path, ".new")
-    with contextlib.suppress(FileNotFoundError):  # left by a crash, or somebody's trap
-        os.unlink(temporary)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with open(handle, "wb") as file:
-            file.writelines(chunks)
-            file.flush()
-            os.fsync(handle)
-        os.replace(temporary, path)
-    except OSError:  # half a file on a full disk is room that mails may need
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with at(path) as (name, directory):
+        temporary, handle = draft(name, directory)
+        try:
+            with open(handle, "wb") as file:
+                file.writelines(chunks)
+                file.flush()
+                os.fsync(handle)
+            os.replace(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+        except OSError:  # half a file on a full disk is room that mails may need
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=directory)
+            raise
     sync_directory(os.path.dirname(path))
+
+
+def draft(name, directory):
+    """(name, descriptor) of a new file beside it. Raises OSError."""
+    unforeseen = hidden(name, f".new-{os.urandom(8).hex()}")  # for when somebody lays a trap under the usual name
+    for temporary in (hidden(name, ".new"), unforeseen):
+        with contextlib.suppress(OSError):  # left by a crash
+            os.unlink(temporary, dir_fd=directory)
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | OPEN_CAREFULLY
+            return temporary, os.open(temporary, flags, 0o600, dir_fd=directory)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), unforeseen)
+
+
+# State files: who may write the spool may also plant these, or swap them at any moment. So each is opened once, by its
+# directory's descriptor, and what was opened is looked at before anything is read from it or written to it.
+
+
+def open_flags(names):
+    return sum(getattr(os, f"O_{name}", 0) for name in names.split())
+
+
+OPEN_CAREFULLY = open_flags("NOFOLLOW NONBLOCK NOCTTY CLOEXEC BINARY")
+OPEN_DIRECTORY = open_flags("DIRECTORY CLOEXEC")
+
+
+class Untrusted(OSError):
+    """A state file, or .failed, that others may have made or may change; strerror says why."""
+
+
+@contextlib.contextmanager
+def at(path):
+    """(name, descriptor of its directory): what is done with these is done there, whatever is renamed meanwhile.
+
+    (path, None) where the system has no such calls. Raises OSError.
+    """
+    if os.open not in os.supports_dir_fd:  # Windows
+        yield path, None
+        return
+    directory, name = os.path.split(path)
+    handle = os.open(directory or ".", os.O_RDONLY | OPEN_DIRECTORY | open_flags("PATH"))
+    try:
+        yield name, handle
+    finally:
+        os.close(handle)
+
+
+def distrust(status, directory, owners=None, is_right=stat.S_ISREG):
+    """What is wrong with a state file, or with .failed; None if nothing is.
+
+    directory: the descriptor of the one it is in; None where files have no owners. owners: the numbers of the users
+    to trust, by default ours and root's. is_right: whether a mode is that of the right kind of file.
+    """
+    mode = status.st_mode
+    if not is_right(mode):
+        return f"it is {'a symbolic link' if stat.S_ISLNK(mode) else 'not of the right kind'}"
+    if is_right is stat.S_ISREG and status.st_nlink > 1:
+        return f"it has {status.st_nlink} names"
+    if is_right is stat.S_ISREG and status.st_size > STATE_LIMIT:
+        return f"it is larger than {STATE_LIMIT >> 20} MB"
+    if directory is not None and status.st_uid not in (owners or ourselves()):
+        return f"it belongs to {user_name(status.st_uid)}"
+    if directory is not None and mode & 0o022 & (os.fstat(directory).st_mode & 0o011) << 1:  # those who get that far
+        return "others may write it"
+    return None
+
+
+def ourselves():
+    return {os.geteuid(), 0}
+
+
+def open_state(path, flags=os.O_RDONLY, owners=None, is_right=stat.S_ISREG):
+    """The descriptor of a state file. owners, is_right: as in distrust(). Raises Untrusted, OSError."""
+    with at(path) as (name, directory):
+        try:
+            handle = os.open(name, flags | OPEN_CAREFULLY, 0o600, dir_fd=directory)
+        except OSError as error:
+            status = look(name, directory)
+            if problem := status and distrust(status, directory, owners, is_right):
+                raise Untrusted(error.errno, problem, path) from None
+            raise OSError(error.errno, error.strerror, path) from None
+        if problem := distrust(os.fstat(handle), directory, owners, is_right):
+            os.close(handle)
+            raise Untrusted(errno.EPERM, problem, path)
+        return handle
+
+
+def read_state(path, owners=None):
+    """The content of a state file, as long as it is now. Raises Untrusted, OSError."""
+    with open(open_state(path, owners=owners), "rb") as file:
+        return file.read(os.fstat(file.fileno()).st_size)
+
+
+def set_aside(path, now):
+    """Move a state file that is no good out of the way. Returns what came of it, to be said."""
+    moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+    try:
+        with at(path) as (name, directory):
+            suffixes = itertools.chain([""], map(".{}".format, itertools.count(1)))
+            asides = (hidden(name, f".corrupt-{moment}{suffix}") for suffix in suffixes)
+            aside = next(each for each in asides if not look(each, directory))
+            os.rename(name, aside, src_dir_fd=directory, dst_dir_fd=directory)
+    except OSError as problem:
+        return describe(problem)
+    return f"moved to {os.path.join(os.path.dirname(path), aside)}"
+
+
+def move_anew(path, target, directory):
+    """Rename path to target's name, in a directory (its descriptor) that only we may write. Raises FileExistsError
+    rather than replace anything, OSError."""
+    name = target if directory is None else os.path.basename(target)
+    with contextlib.suppress(AttributeError, TypeError):  # not every system has renameat2(2)
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        if rename(-100, os.fsencode(path), directory, os.fsencode(name), 1) == 0:  # AT_FDCWD, RENAME_NOREPLACE
+            return
+        if (error := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS):  # nor every file system
+            raise OSError(error, os.strerror(error), path)
+    if look(name, directory):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target)
+    os.rename(path, name, dst_dir_fd=directory)
 
 
 def off_the_hub(function, *arguments):
@@ -1689,7 +1813,7 @@ def result_or_error(function, *arguments):
 def sync_directory(path):
     """Make what was renamed or removed in it last through a power cut, where directories can be synced."""
     if os.name == "posix":
-        handle = os.open(path or ".", os.O_RDONLY)
+        handle = os.open(path or ".", os.O_RDONLY | OPEN_DIRECTORY)
         try:
             os.fsync(handle)
         finally:
@@ -1720,13 +1844,10 @@ class Locked(Exception):
     """Another process has the spool; the text says which."""
 
 
-OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-
-
-def look(path):
+def look(path, directory=None):
     """The status of a path itself (os.lstat); None when it is gone. Raises OSError when that is not to be known."""
     try:
-        return os.lstat(path)
+        return os.lstat(path, dir_fd=directory)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has such a name: an edit made it
         return None
 
@@ -1778,18 +1899,55 @@ def whole_at_birth(path):
     return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_ctime_ns != status.st_mtime_ns
 
 
-def is_locked(handle, pid):
-    """Whether a process has locked this file (F_GETLK); where that cannot be asked, whether the process lives."""
-    if not fcntl:  # Windows: there is no lock, and os.kill(pid, 0) would be a Ctrl-C
-        return False
+def write_at(handle, text, position):
+    """os.pwrite(), which is not on Windows."""
+    os.lseek(handle, position, os.SEEK_SET)
+    return os.write(handle, text.encode())
+
+
+FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, pid
+
+
+def flock(start, length):
+    return struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+
+
+def take_lock(handle):
+    """Lock a file for this process. Raises OSError.
+
+    A POSIX lock ends when any descriptor of the file is closed; one of the open file description (F_OFD_SETLK) does
+    not, but has no pid to be asked for. So its first octet gets the one, and the rest the other. Either keeps out a
+    program that wants a POSIX lock on the whole file, as older versions of this one do.
+    """
+    if not fcntl:  # Windows
+        return
+    length = 0
     if sys.platform == "linux":
-        question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        return struct.unpack("hhqqi4x", fcntl.fcntl(handle, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
+        try:
+            fcntl.fcntl(handle, fcntl.F_OFD_SETLK, flock(1, 0))
+            length = 1
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise
+    fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length)
+
+
+def lock_holder(handle, pid):
+    """The process that has locked this file (F_GETLK); 0 if none has, -1 if it is not known here by a number: it may be
+    in another container. Where that cannot be asked: pid, if it lives."""
+    if not fcntl:  # Windows: there is no lock, and os.kill(pid, 0) would be a Ctrl-C
+        return 0
+    if sys.platform == "linux":
+        for length in (1, 0):
+            lock = struct.unpack(FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, flock(0, length)))
+            if lock[0] != fcntl.F_UNLCK:
+                return lock[4] if lock[4] > 0 else -1
+        return 0
     try:
         os.kill(pid, 0)
     except OSError as error:
-        return error.errno == errno.EPERM
-    return True
+        return pid if error.errno == errno.EPERM else 0
+    return pid
 
 
 @contextlib.contextmanager
@@ -1797,6 +1955,8 @@ def naming_owner(path):
     """An OSError says whose file it is; of the directory, while there is no such file."""
     try:
         yield
+    except Untrusted:
+        raise
     except OSError as error:
         shown = path if os.path.lexists(path) else os.path.dirname(path)
         owner = f" (it belongs to {owner_of(shown)})" if os.path.lexists(shown) else ""
@@ -1805,11 +1965,15 @@ def naming_owner(path):
 
 def owner_of(path):
     """The name of a file's owner, else his number."""
+    return user_name(os.lstat(path).st_uid)
+
+
+def user_name(uid):
     with contextlib.suppress(ImportError, KeyError):
         import pwd  # not on Windows
 
-        return pwd.getpwuid(os.lstat(path).st_uid).pw_name
-    return os.lstat(path).st_uid
+        return pwd.getpwuid(uid).pw_name
+    return uid
 
 
 def int_or_zero(text):
@@ -1823,7 +1987,8 @@ class Spool:
         self.directory = os.path.abspath(directory)
         self.failed = os.path.join(self.directory, ".failed")
         self.status_path = self._here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
-        self._lock = self._home = None
+        self.owners = None  # whose state files are to be trusted, as in distrust()
+        self._lock = self._home = self._lock_id = None
 
     def _here(self, path):
         """The path by the name that the spool was given, if it leads there by another."""
@@ -1857,16 +2022,35 @@ class Spool:
         prefix = self.path("")
         return [path for name in names if name and name[0] != "." and (path := prefix + name) != self.status_path]
 
+    def may_be_mail(self, path):
+        """Whether a path of the status file is one of the spool, or of what was given up."""
+        parent, _, name = path.rpartition(os.sep)
+        return parent in (self.directory, self.failed) and bool(self.named([name]))
+
     def list(self):
         """The paths of the files and sub-directories. Raises OSError."""
         return self.named(os.listdir(self.directory))
 
     def list_failed(self):
-        """The paths of what was given up. Raises OSError."""
+        """The paths of what was given up. Raises Untrusted, OSError."""
         try:
-            return [f"{self.failed}{os.sep}{name}" for name in os.listdir(self.failed)]
+            with self._opened_failed() as handle:
+                names = os.listdir(self.failed if handle is None else handle)
         except FileNotFoundError:
             return []
+        return [f"{self.failed}{os.sep}{name}" for name in names]
+
+    @contextlib.contextmanager
+    def _opened_failed(self):
+        """The descriptor of .failed, if that is a directory which nobody else may write. Raises Untrusted, OSError."""
+        if os.open not in os.supports_dir_fd:  # Windows
+            yield None
+            return
+        handle = open_state(self.failed, os.O_RDONLY | OPEN_DIRECTORY, self.owners, stat.S_ISDIR)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
 
     def mails(self):
         """The paths of the regular files. Raises OSError."""
@@ -1876,40 +2060,44 @@ class Spool:
     # -- the lock
 
     def owner(self):
-        """(pid, start time, whether suspended) of the process that has the lock, or None. Asks, and takes nothing.
-        Raises OSError."""
+        """(pid, start time, whether suspended) of the process that has the lock, or None; pid is -1 if that process is
+        not to be reached from here. Asks, and takes nothing. Raises Untrusted, OSError."""
         try:
-            with open(self.path(".spoolgore.lock"), "rb") as file:
-                pid, _, word = file.read(32).decode("ascii", "replace").partition("\n")
-                since, pid = os.fstat(file.fileno()).st_mtime, int_or_zero(pid.strip())
-                return (pid, since, word == "suspended\n") if pid and is_locked(file.fileno(), pid) else None
+            handle = open_state(self.path(".spoolgore.lock"), owners=self.owners)
         except FileNotFoundError:
             return None
+        with open(handle, "rb") as file:
+            pid, _, word = file.read(32).decode("ascii", "replace").partition("\n")
+            pid = lock_holder(handle, int_or_zero(pid.strip()))
+            return (pid, os.fstat(handle).st_mtime, word == "suspended\n") if pid else None
 
     def lock(self):
-        """Make this process the only one that sends from here. Raises Locked, OSError."""
-        path = self.path(".spoolgore.lock")
+        """Make this process the only one that sends from here. Raises Locked, Untrusted, OSError."""
+        path, previous = self.path(".spoolgore.lock"), self._lock
         with naming_owner(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            handle = open_state(path, os.O_RDWR | os.O_CREAT, self.owners)
+        if previous is not None and os.path.samestat(os.fstat(handle), os.fstat(previous)):
+            os.close(handle)
+            handle = previous
+        self._take(handle, path)
+        if previous not in (None, handle):
+            os.close(previous)
+        status = os.fstat(handle)
+        self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
+        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+            os.ftruncate(handle, write_at(handle, f"{os.getpid()}\n", 0))
+
+    def _take(self, handle, path):
+        """Raises Locked, OSError; then the handle is closed."""
         try:
-            self._take(handle)
+            take_lock(handle)
         except OSError as error:
-            owner = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
+            word = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
+            pid = lock_holder(handle, 0)
             os.close(handle)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise OSError(error.errno, f"{error.strerror} (it cannot be locked)", path) from None
-            raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
-        previous, self._lock, self._home = self._lock, handle, os.stat(self.directory)
-        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
-            os.ftruncate(handle, os.pwrite(handle, f"{os.getpid()}\n".encode(), 0))
-        if previous is not None:
-            os.close(previous)
-            self._take(handle)  # closing any handle of a file ends the locks on it (POSIX)
-
-    @staticmethod
-    def _take(handle):
-        if fcntl:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            raise Locked(f"spool directory {self.directory} is in use by pid {pid if pid > 0 else word}") from None
 
     def mark(self, suspended):
         """Let owner() know, in a second line of the lock's file, whose time stays that of the start."""
@@ -1917,7 +2105,7 @@ class Spool:
             pid, since = f"{os.getpid()}\n".encode(), os.fstat(self._lock).st_mtime_ns
             os.ftruncate(self._lock, len(pid))
             if suspended:
-                os.pwrite(self._lock, b"suspended\n", len(pid))
+                write_at(self._lock, "suspended\n", len(pid))
             os.utime(self._lock, ns=(since, since))
 
     def still_locked(self):
@@ -1938,8 +2126,7 @@ class Spool:
 
     # -- one mail's file
 
-    @staticmethod
-    def open(path):
+    def open(self, path):
         """(file, lease_refused(), its status). Raises FileNotFoundError, NotAMail, or another OSError."""
         try:
             handle = os.open(path, os.O_RDONLY | OPEN_CAREFULLY)
@@ -1950,9 +2137,12 @@ class Spool:
                 raise FileNotFoundError(errno.ENOENT, error.strerror, path) from None
             raise
         refused, status = lease_refused(handle), os.fstat(handle)  # in this order: the writer has ended
-        if stat.S_ISREG(status.st_mode):
+        if stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) != self._lock_id:
             return io.FileIO(handle), refused, status
         os.close(handle)
+        if stat.S_ISREG(status.st_mode):
+            take_lock(self._lock)  # as much of it as that has ended
+            raise NotAMail("is the lock by another name, ignored")
         raise NotAMail("" if stat.S_ISDIR(status.st_mode) else "not a regular file, ignored")
 
     def names(self, known):
@@ -1987,13 +2177,15 @@ class Spool:
             yield os.path.join(self.failed, os.fsdecode(name[: NAME_LIMIT - len(suffix)] + suffix))
 
     def put_aside(self, path):
-        """Move a mail that was given up to .failed; returns its new path. Raises OSError."""
+        """Move a mail that was given up to .failed; returns its new path. Raises Untrusted, OSError."""
         if not look(self.failed):
-            os.makedirs(self.failed, 0o700)
+            os.mkdir(self.failed, 0o700)
             sync_directory(self.directory)  # or a power cut may take it away, and with it what is moved there
-        target = next(itertools.filterfalse(look, self.failed_paths(path)))
-        os.rename(path, target)
-        return target
+        with self._opened_failed() as handle:
+            for target in self.failed_paths(path):
+                with contextlib.suppress(FileExistsError):
+                    move_anew(path, target, handle)
+                    return target
 
     def sync(self):
         """Make what was put aside last through a power cut."""
@@ -3329,10 +3521,17 @@ class Turnstile:
 
     def load(self):
         """Read the file, and write it anew with what still counts. Raises OSError."""
+        if not self.rate.windows:
+            return
         now, lines = self.clock(), []
-        with contextlib.suppress(FileNotFoundError), open(self.path, encoding="ascii", errors="replace") as file:
-            lines = file.readlines()
-        if self.rate.windows and any(line[-1] == "\n" and not note_of(line) for line in lines):
+        try:
+            lines = read_state(self.path).decode("ascii", "replace").splitlines(keepends=True)
+        except FileNotFoundError:
+            pass
+        except Untrusted as error:
+            what = f"{error.strerror}: {set_aside(self.path, time.time())}"
+            log(f"corrupt rate file {self.path}, {what}: -rate may not hold across this restart")
+        if any(line[-1] == "\n" and not note_of(line) for line in lines):
             log(f"lines of {self.path} could not be read: -rate may not hold across this restart")
         for count, end in filter(None, map(note_of, lines)):
             self.rate.note(count, end and min(end, now))
@@ -3358,7 +3557,8 @@ class Turnstile:
         lines = [f"+{count}\n-{count} {last:.6f}\n" for _, last, count in longest.ends]
         lines += [f"+{self.rate.in_flight}\n"] if self.rate.in_flight else []
         write_durably(self.path, [line.encode() for line in lines])
-        self._file, self._lines = open(self.path, "ab", buffering=0), len(lines)
+        handle = open_state(self.path, os.O_WRONLY | os.O_APPEND)
+        self._file, self._lines = open(handle, "ab", buffering=0), len(lines)
 
     def _append(self, line, durable):
         file, self._lines = self._file, self._lines + 1
@@ -3488,8 +3688,8 @@ def daemon_line(owner, now):
     if not owner:
         return "daemon: not running"
     pid, since, suspended = owner
-    state, hint = ("suspended", f"; kill -URG {pid} ends it") if suspended else ("running", "")
-    return f"daemon: {state}, pid {pid}, since {ago(now - since)}{hint}"
+    state, hint = ("suspended", "; -flush ends it") if suspended else ("running", "")
+    return f"daemon: {state}, pid {pid if pid > 0 else 'not known here'}, since {ago(now - since)}{hint}"
 
 
 def summary(lines, owner, now):
@@ -3525,10 +3725,10 @@ def aligned(rows, width):
 
 def report(options, stream, now):
     """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
-    spool = Spool(options.directory, options.json)
+    spool = spool_of_others(options)
     gc.disable()  # many small objects, and none of them garbage
     paths, owner = [*spool.mails(), *spool.list_failed()], spool.owner()
-    lines = lines_of(spool.at_home(read_status(spool.status_path)), paths, now, bool(owner))
+    lines = lines_of(spool.at_home(read_status(spool.status_path, spool.owners)), paths, now, bool(owner))
     width = shutil.get_terminal_size().columns if stream.isatty() else 0
     text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
     if lines:
@@ -3536,6 +3736,29 @@ def report(options, stream, now):
     stream.write("\n".join(text) + "\n")
     healthy = owner and not any(line.kind == "given up" for line in lines)
     return EX_OK if healthy else EX_ERROR
+
+
+def spool_of_others(options):
+    """The spool as who asks sees it: what its owner writes there is to be believed. Raises OSError."""
+    spool = Spool(options.directory, options.json)
+    if hasattr(os, "geteuid"):
+        spool.owners = {*ourselves(), os.stat(spool.directory).st_uid}
+    return spool
+
+
+def ask_to_flush(options, stream):
+    """Have the daemon send everything now. Returns the exit status. Raises OSError."""
+    spool = spool_of_others(options)
+    if not (owner := spool.owner()):
+        return complain(f"no daemon runs on {spool.directory}")
+    if owner[0] < 0:
+        return complain(f"the daemon of {spool.directory} is not to be reached from here")
+    try:
+        os.kill(owner[0], signal.SIGURG)
+    except OSError as error:
+        return complain(f"pid {owner[0]} cannot be asked, {describe(error)}")
+    stream.write(f"pid {owner[0]} was asked to send everything now\n")
+    return EX_OK
 
 
 class Progress:
@@ -3960,7 +4183,8 @@ class Delivery:
         except OSError as error:
             if not self.links():  # it was renamed or removed a moment ago
                 return False
-            spooler.say("remove", f"unable to remove mails that are settled, {error.strerror} (it is tried again)")
+            reason = describe(error) if isinstance(error, Untrusted) else error.strerror
+            spooler.say("remove", f"unable to remove mails that are settled, {reason} (it is tried again)")
             self.rest_a_minute()
         return True
 
@@ -4541,6 +4765,8 @@ def main(argv):
         options = parse_options(argv)
         if options.json:
             check_status_path(os.path.abspath(options.json))
+        if options.flush:
+            return ask_to_flush(options, sys.stdout)
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
         again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away
@@ -4549,7 +4775,7 @@ def main(argv):
     except Locked as error:
         return complain(str(error))
     except CorruptStatus as error:
-        return complain(f"corrupt status file, {error}")
+        return complain(f"corrupt status file {Spool(options.directory, options.json).status_path}, {error}")
     except OSError as error:
         return complain(describe(error))
     except MemoryError:

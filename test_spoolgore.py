@@ -33,7 +33,9 @@ import termios
 import textwrap
 import threading
 import time
+import types
 from bisect import bisect_left
+from collections import Counter
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_address
 from pathlib import Path
@@ -473,7 +475,8 @@ if "fcntl" in missing:
 if "signals" in missing:
     del signal.SIGURG, signal.SIGTSTP, signal.SIGHUP
 if "posix" in missing:
-    del os.O_NOFOLLOW, os.O_NONBLOCK, os.O_CLOEXEC
+    del os.O_NOFOLLOW, os.O_NONBLOCK, os.O_CLOEXEC, os.O_DIRECTORY, os.O_NOCTTY, os.O_PATH, os.geteuid, os.pwrite
+    os.supports_dir_fd.clear()
 sys.argv = sys.argv[2:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -774,6 +777,7 @@ def test_defaults():
         once=False,
         json="",
         status=False,
+        flush=False,
     )
 
 
@@ -799,7 +803,14 @@ def test_switches_take_no_value_but_true(flag):
 def test_each_flag_of_the_usage_text_is_an_option():
     flags = spoolgore.flags(spoolgore.__doc__)
     assert {*flags, "directory"} == {*spoolgore.Options._fields, "help", "version"}
-    assert {name for name, value in flags.items() if not value} == {"fail5xx", "once", "status", "help", "version"}
+    assert {name for name, value in flags.items() if not value} == {
+        "fail5xx",
+        "once",
+        "status",
+        "flush",
+        "help",
+        "version",
+    }
     assert {flag for flag, _, _ in FLAG_VALUES} == {name for name, value in flags.items() if value} - {"smtpauth"}
 
 
@@ -2683,6 +2694,19 @@ def status(tmp_path):
     return spoolgore.Status(spoolgore.Queue(), spoolgore.Spool("/spool", str(tmp_path / "status.js")))
 
 
+@contextlib.contextmanager
+def no_room():
+    """No file can be written to, not even by root."""
+    import resource  # not on Windows
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def put_entry(status, path, entry):
     """Give the mail of this path an entry."""
     mail = status.queue.mails.get(path) or status.queue.add(path)
@@ -2865,14 +2889,14 @@ def test_a_link_in_the_place_of_the_temporary_file_leads_nowhere(status):
 
 def test_a_write_that_fails_leaves_the_old_file_and_is_said_once(status, logged):
     write_status(status, {"old": {}})
-    os.mkdir(spoolgore.hidden(status.path, ".new"))  # so that the temporary file cannot be made, not even by root
     put_entry(status, "/spool/m1", envelope_to())
-    status.save()
-    status.save()
+    with no_room():
+        status.save()
+        status.save()
+    assert os.listdir(os.path.dirname(status.path)) == ["status.js"]
     assert saved_entries(status) == {"old": {}}
     assert len(logged()) == 1 and "unable to write status file" in logged()[0]
     assert status.wanted.is_set()
-    os.rmdir(spoolgore.hidden(status.path, ".new"))
     status.save()
     assert list(saved_entries(status)) == ["/spool/m1"]
 
@@ -2999,11 +3023,11 @@ def test_a_flush_does_not_forget_who_waits_for_a_write(status):
 def test_deliveries_of_a_write_that_failed_are_not_forgotten(status, logged):
     saved_status(status, {"/spool/m1": envelope_to(addressee("a@x.org"), addressee("b@x.org"), addressee("c@x.org"))})
     deliver_one(status, "/spool/m1", "a@x.org")
-    os.mkdir(spoolgore.hidden(status.path, ".new"))
-    writing = gevent.spawn(status.save)
-    gevent.sleep(0)  # the write is under way
-    deliver_one(status, "/spool/m1", "b@x.org")
-    writing.join()
+    with no_room():
+        writing = gevent.spawn(status.save)
+        gevent.sleep(0)  # the write is under way
+        deliver_one(status, "/spool/m1", "b@x.org")
+        writing.join()
     assert "unable to write" in logged()[0]
     status.reload()
     assert states_of(status, "/spool/m1") == {"a@x.org": "delivered", "b@x.org": "delivered", "c@x.org": "waiting"}
@@ -3344,12 +3368,11 @@ def test_a_corrupt_rate_file_is_said_once_and_what_can_be_read_counts(tmp_path, 
 
 def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, logged):
     path = tmp_path / "rate"
-    os.mkdir(spoolgore.hidden(str(path), ".new"))
     turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
-    turnstile.load()
-    turnstile.begin(2)
+    with no_room():
+        turnstile.load()
+        turnstile.begin(2)
     assert len(logged()) == 1 and "-rate may not hold across a restart" in logged()[0]
-    os.rmdir(spoolgore.hidden(str(path), ".new"))
     turnstile.end(2)
     again = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
     again.load()
@@ -3429,7 +3452,7 @@ def test_the_summary():
     ]
     assert sorted(text[4:]) == ["error: 1 x 550 before", "error: 1 x has no recipients"]
     suspended = next(spoolgore.summary(lines, (4711, NOW - 86400 * 3, True), NOW))
-    assert suspended == "daemon: suspended, pid 4711, since 3d; kill -URG 4711 ends it"
+    assert suspended == "daemon: suspended, pid 4711, since 3d; -flush ends it"
     nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable"
     assert list(spoolgore.summary([], None, NOW)) == ["daemon: not running", nothing]
 
@@ -3989,9 +4012,8 @@ def test_a_lock_that_is_removed_by_hand_makes_nobody_forget_what_was_delivered(s
     """A delivery that the status file does not know, since it cannot be written."""
     relay = scripted()
     relay.replies = {"RCPT": lambda line: b"451 4.7.1 later\r\n" if b"<late@" in line else None}
-    (spool / ".spoolgore.js.new").mkdir()
     put(spool, "m1", mail("a@x.org, late@x.org"))
-    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    daemon = start("-smtpaddr", relay.address, "-freq", 0, python=("prlimit", "--fsize=50:50", sys.executable))
     daemon.wait_for("mail to late@x.org")
     daemon.wait_for("unable to write status file")
     (spool / ".spoolgore.lock").unlink()
@@ -4991,7 +5013,8 @@ def test_the_directory_for_what_was_given_up_is_on_the_disk_before_anything_is_m
         put(spool, name, mail())
     happened, the_spool = [], spoolgore.Spool(str(spool))
     monkeypatch.setattr(spoolgore, "sync_directory", lambda path: happened.append((path, (spool / ".failed").exists())))
-    monkeypatch.setattr(os, "rename", lambda *paths, real=os.rename: happened.append("moved") or real(*paths))
+    move = spoolgore.move_anew
+    monkeypatch.setattr(spoolgore, "move_anew", lambda *arguments: happened.append("moved") or move(*arguments))
     for name in ("m1", "m2"):
         the_spool.put_aside(str(spool / name))
     assert happened == [(str(spool), True), "moved", "moved"] and given_up(spool) == ["m1", "m2"]
@@ -5032,10 +5055,13 @@ def test_a_writer_that_ends_while_the_file_is_opened(spool, monkeypatch):
 def test_a_file_is_closed_before_its_name_goes(spool, status, monkeypatch, verdict):
     """Windows refuses it else."""
     still_open = []
-    for name, real in (("unlink", os.unlink), ("rename", os.rename)):
-        monkeypatch.setattr(
-            os, name, lambda *paths, real=real: (still_open.append(leaked_files(spool / "m")), real(*paths))
-        )
+    for module, name in ((os, "unlink"), (spoolgore, "move_anew")):
+
+        def noted(*arguments, real=getattr(module, name)):
+            still_open.append(leaked_files(spool / "m"))
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, noted)
     for name in ("m1", "m2"):
         (spool / name).write_text(mail())
     os.link(spool / "m2", spool / "m3")
@@ -5543,9 +5569,9 @@ def test_entries_are_forgotten_after_their_files_are(spool, status, monkeypatch)
     for module, function in ((spoolgore, "sync_directory"), (os, "replace")):
         genuine = getattr(module, function)
 
-        def noted(*arguments, function=function, genuine=genuine):
+        def noted(*arguments, function=function, genuine=genuine, **named):
             done.append((function, str(arguments[0])))
-            return genuine(*arguments)
+            return genuine(*arguments, **named)
 
         monkeypatch.setattr(module, function, noted)
     status.spool = spoolgore.Spool(str(spool))
@@ -8847,6 +8873,406 @@ def test_one_spool_one_daemon(spool, relay, start, run):
     relay.wait_for(1)
 
 
+# ---------------------------------------------------------- whom the spool trusts
+
+MALLORY, TRUDY, MAILOUT = 4711, 4712, 4713  # users that need no entry in /etc/passwd
+
+AS_USER = """
+import os, sys
+from gevent import monkey
+monkey.patch_all()
+sys.path.insert(0, os.path.dirname(sys.argv[2]))
+import gevent, pprint, pwd, resource, spoolgore  # all that only root may be able to read
+gevent.get_hub().threadpool.apply(gevent.get_hub().resolver.gethostbyname, ("127.0.0.1",))
+os.setgroups([])
+os.setgid(int(sys.argv[1]))
+os.setuid(int(sys.argv[1]))
+sys.exit(spoolgore.main(sys.argv[3:]))
+"""
+
+
+def plant_socket(path, victim):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+
+
+def plant_large(path, victim):
+    path.touch()
+    os.truncate(path, spoolgore.STATE_LIMIT + 1)  # sparse: it takes no room
+
+
+def plant_writable(path, victim):
+    path.write_text("{}")
+    path.chmod(0o622)
+    path.parent.chmod(0o755)  # else it does not matter
+
+
+def plant_of_another(path, victim):
+    demand(root=True)
+    path.write_text("{}")
+    os.chown(path, MALLORY, -1)
+
+
+PLANTED = [
+    (lambda path, victim: path.symlink_to(victim), "it is a symbolic link"),
+    (lambda path, victim: path.symlink_to("nowhere"), "it is a symbolic link"),
+    (lambda path, victim: os.mkfifo(path), "it is not of the right kind"),
+    (lambda path, victim: path.mkdir(), "it is not of the right kind"),
+    (plant_socket, "it is not of the right kind"),
+    (lambda path, victim: os.link(victim, path), "it has 2 names"),
+    (plant_large, "it is larger than 1024 MB"),
+    (plant_writable, "others may write it"),
+    (plant_of_another, f"it belongs to {MALLORY}"),
+]
+
+
+@pytest.fixture
+def victim(tmp_path):
+    path = tmp_path / "victim"
+    path.write_text("untouched")
+    yield path
+    assert path.read_text() == "untouched"
+
+
+@pytest.mark.parametrize("plant, problem", PLANTED)
+def test_a_lock_that_somebody_planted_ends_the_start(spool, victim, plant, problem):
+    lock = spool / ".spoolgore.lock"
+    plant(lock, victim)
+    before = lock.lstat()
+    for act in (spoolgore.Spool(str(spool)).lock, spoolgore.Spool(str(spool)).owner):
+        with pytest.raises(spoolgore.Untrusted) as caught:
+            act()
+        assert spoolgore.describe(caught.value) == f"{problem}: {lock}"
+    assert lock.lstat() == before
+
+
+@pytest.mark.parametrize("plant, problem", PLANTED)
+def test_a_status_or_rate_file_that_somebody_planted_is_set_aside(spool, status, victim, logged, plant, problem):
+    rate = spool / ".spoolgore.rate"
+    for path in (Path(status.path), rate):
+        plant(path, victim)
+        if path == rate:
+            turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
+            turnstile.load()
+            assert turnstile.room() == 10 and stat.S_ISREG(path.lstat().st_mode)
+        else:
+            with pytest.raises(spoolgore.CorruptStatus, match=problem) as caught:
+                status.load()
+            status.set_aside(NOW, caught.value)
+        (aside,) = path.parent.glob(f"{spoolgore.hidden(path.name, '.corrupt-')}*")
+        assert (
+            not path.is_symlink()
+            and f"corrupt {('status', 'rate')[path == rate]} file {path}, {problem}: " in logged()[-1]
+        )
+        assert f"moved to {aside}" in logged()[-1]
+        aside.rmdir() if aside.is_dir() and not aside.is_symlink() else aside.unlink()
+
+
+def test_two_files_that_are_set_aside_in_one_second_are_both_kept(status):
+    for text in ("one", "two"):
+        Path(status.path).write_text(text)
+        status.set_aside(NOW, "corrupt")
+    assert sorted(path.read_text() for path in Path(status.path).parent.iterdir()) == ["one", "two"]
+
+
+def test_group_and_others_matter_only_where_they_can_get(spool, status):
+    """Who edits the file with a umask of 002 leaves it writable to his group."""
+    path = spool / ".spoolgore.js"
+    path.write_text("{}")
+    path.chmod(0o664)
+    spool.chmod(0o700)
+    assert spoolgore.read_state(str(path)) == b"{}"
+    for mode in (0o710, 0o2770, 0o755):
+        spool.chmod(mode)
+        with pytest.raises(spoolgore.Untrusted, match="others may write it"):
+            spoolgore.read_state(str(path))
+
+
+def test_traps_in_a_spool_that_others_may_write(spool, victim, relay, start):
+    """No FIFO is waited for, also without -rate, no directory prevents a save, and nobody's word counts for a mail."""
+    os.mkfifo(spool / ".spoolgore.rate")
+    (spool / ".spoolgore.js.new" / "full").mkdir(parents=True)
+    put_status(spool, {"m1": entry(recipient("mallory@example.org", 2))})
+    (spool / "m1").write_text(mail("alice@example.org, late@example.org"))
+    os.chmod(spool / ".spoolgore.js", 0o666)
+    relay.recorder.rcpt_replies["late@example.org"] = "451 4.7.1 try later"
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for("corrupt status file .*, others may write it: moved to ")
+    daemon.wait_for_recipient("m1", "late@example.org", Status=0, Attempts=1)
+    assert daemon.stop() == 0 and sent_to(relay) == ["alice@example.org"]
+    assert [path.name for path in spool.glob(".spoolgore.js.new*")] == [".spoolgore.js.new"]
+
+
+@pytest.mark.parametrize("plant, problem", PLANTED[:3])
+@pytest.mark.parametrize("name", [".spoolgore.lock", ".spoolgore.js", ".failed"])
+def test_status_and_flush_fall_into_no_trap(spool, victim, name, plant, problem):
+    plant(spool / name, victim)
+    commands = ["-status", "-flush"] if name == ".spoolgore.lock" else ["-status"]
+    for command in commands:
+        done = spoolgore_run(command, spool)
+        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+        assert problem in done.stderr and str(spool / name) in done.stderr
+
+
+def test_root_believes_the_owner_of_a_spool_when_it_only_looks(spool, monkeypatch):
+    demand(root=True)
+    put_status(spool, {"m1": entry(recipient(error="451 later"))})
+    (spool / ".failed").mkdir(mode=0o700)
+    (spool / ".spoolgore.lock").touch(0o600)
+    for path in (spool, *spool.iterdir()):
+        os.chown(path, MALLORY, -1)
+    assert "1 x 451 later" in spoolgore_run("-status", spool).stdout
+    os.chown(spool / ".failed", TRUDY, -1)
+    assert f"it belongs to {TRUDY}: {spool}/.failed" in spoolgore_run("-status", spool).stderr
+
+
+@pytest.mark.parametrize(
+    "plant, problem", [*PLANTED[:3], (lambda path, _: path.mkdir() or path.chmod(0o777), "others may write it")]
+)
+def test_a_failed_directory_that_somebody_planted_gets_no_mail(spool, victim, relay, run, plant, problem):
+    (victim.parent / "elsewhere").mkdir()
+    plant(spool / ".failed", victim.parent / "elsewhere" if problem == "it is a symbolic link" else victim)
+    relay.recorder.rcpt_replies["a@example.org"] = "550 5.1.1 no such user"
+    put(spool, "m1", mail("a@example.org"))
+    daemon = run("-once", "-smtpaddr", relay.address, "-attempts", 1)
+    assert daemon.status_code == 75 and names(spool) == ["m1"]
+    wanted = f"unable to remove mails that are settled, {problem}: {spool}/.failed (it is tried again)"
+    assert said(daemon, "unable to remove") == [wanted]
+    assert os.listdir(victim.parent / "elsewhere") == []
+
+
+def older_libc(monkeypatch):
+    monkeypatch.setattr(spoolgore.ctypes, "CDLL", None)
+
+
+def older_file_system(monkeypatch):
+    def refuse(*_):
+        spoolgore.ctypes.set_errno(errno.EINVAL)
+        return -1
+
+    monkeypatch.setattr(spoolgore.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace(renameat2=refuse))
+
+
+def no_descriptors(monkeypatch):
+    older_libc(monkeypatch)
+    monkeypatch.setattr(os, "supports_dir_fd", set())
+
+
+@pytest.mark.parametrize("system", [lambda monkeypatch: None, older_libc, older_file_system, no_descriptors])
+def test_what_is_put_aside_replaces_nothing(spool, monkeypatch, system):
+    the_spool = spoolgore.Spool(str(spool))
+    system(monkeypatch)
+    for number in range(3):
+        put(spool, "m1", f"mail {number}")
+        the_spool.put_aside(str(spool / "m1"))
+    assert names(spool) == []
+    assert {name: (spool / ".failed" / name).read_text() for name in os.listdir(spool / ".failed")} == {
+        "m1": "mail 0",
+        "m1.1": "mail 1",
+        "m1.2": "mail 2",
+    }
+
+
+NEEDS_EXCHANGE = pytest.mark.skipif(sys.platform != "linux", reason="needs renameat2(2)")
+SWAP = """
+import ctypes, os, sys
+go, path, *others = sys.argv[1:]
+rename = ctypes.CDLL(None).renameat2
+print(flush=True)
+while os.path.exists(go):
+    for other in others * 2:
+        assert rename(-100, path.encode(), -100, other.encode(), 2) == 0  # RENAME_EXCHANGE
+"""
+
+
+@contextlib.contextmanager
+def swapped(path, *others):
+    """Another process puts the others in the path's place in turn, as fast as it can, while the body runs."""
+    go = path.with_name(".go")
+    go.touch()
+    command = [sys.executable, "-ISc", SWAP, go, path, *others]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        try:
+            yield
+        finally:
+            go.unlink()
+    assert process.returncode == 0
+
+
+def a_thousand_times(seen):
+    """Numbers: a thousand, and more until seen() says that both of a race's ends were met."""
+    deadline = time.monotonic() + PATIENCE
+    for number in itertools.count():
+        if number >= 1000 and seen():
+            return
+        assert time.monotonic() < deadline
+        yield number
+
+
+@NEEDS_EXCHANGE
+def test_a_thousand_races_for_the_failed_directory(spool, tmp_path):
+    """Every mail is in the spool or in .failed, and nothing elsewhere is replaced, however they fall out."""
+    elsewhere, the_spool, failed = tmp_path / "elsewhere", spoolgore.Spool(str(spool)), spool / ".failed"
+    for path in (elsewhere, failed):
+        path.mkdir()
+    (elsewhere / "m500").write_text("untouched")
+    trap, moved, refused = spool / ".trap", [], []
+    trap.symlink_to(elsewhere)
+    with swapped(failed, trap):
+        for number in a_thousand_times(lambda: moved and refused):
+            (spool / f"m{number}").write_text(f"{number}")
+            try:
+                moved.append(the_spool.put_aside(str(spool / f"m{number}")) and number)
+            except OSError as error:
+                refused.append(error)
+    assert os.listdir(elsewhere) == ["m500"] and (elsewhere / "m500").read_text() == "untouched"
+    assert sorted(int(path.read_text()) for path in failed.iterdir()) == moved
+
+
+@NEEDS_EXCHANGE
+def test_a_thousand_races_for_a_state_file(spool, victim):
+    """What is read is ours, or nothing."""
+    path, fifo, link, found = spool / ".spoolgore.js", spool / ".fifo", spool / ".link", Counter()
+    path.write_text("ours")
+    os.mkfifo(fifo)
+    link.symlink_to(victim)
+    with swapped(path, fifo, link):
+        for _ in a_thousand_times(lambda: len(found) > 1 and found[b"ours"]):
+            try:
+                found[spoolgore.read_state(str(path))] += 1
+            except OSError as error:
+                found[type(error)] += 1
+    assert found.keys() <= {b"ours", spoolgore.Untrusted, FileNotFoundError, OSError}
+
+
+def test_entries_of_files_that_are_no_mails_send_and_remove_nothing(spool, victim, relay, run):
+    """Settled ones would have their files removed, waiting ones would be sent."""
+    (spool / "sub").mkdir()
+    strange = [victim, spool / "sub" / "m1", spool / ".draft", spool / ".spoolgore.rate", spool / ".failed" / ".m1"]
+    (spool / ".failed").mkdir(mode=0o700)
+    for path in strange[1:]:
+        path.write_text(mail("mallory@example.org"))
+    strange += [spool / ".spoolgore.lock", spool / ".spoolgore.js", spool / "sub" / ".." / "sub" / "m1"]
+    put(spool, "m1", mail("a@example.org"))
+    for status in (0, 2):
+        entries = {str(path): entry(recipient("mallory@example.org", status, after=-1)) for path in strange}
+        (spool / ".spoolgore.js").write_text(json.dumps({**entries, str(spool / "m1"): entry(recipient(after=-1))}))
+        daemon = run("-once", "-smtpaddr", relay.address)
+        assert daemon.status_code == 0 and said(daemon, "no mails of this spool, ignored: ")
+        assert all(path.exists() for path in strange)
+    assert sent_to(relay) == ["a@x.org"]
+
+
+TAKE_POSIX_LOCK = "import fcntl, sys; file = open(sys.argv[1], 'r+b'); fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB); print(flush=True); input()"
+
+
+def test_a_hard_link_of_the_lock_is_no_mail_and_ends_no_lock(spool, relay, start):
+    daemon = start("-smtpaddr", relay.address, "-freq", 0)
+    os.link(spool / ".spoolgore.lock", spool / "m1")
+    daemon.wait_for("m1 is the lock by another name, ignored")
+    (spool / "m1").unlink()
+    assert spoolgore.Spool(str(spool)).owner()[0] == daemon.process.pid
+    assert daemon.stop() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs open file description locks")
+def test_the_lock_lasts_when_another_descriptor_of_its_file_is_closed(spool):
+    the_spool, lock = spoolgore.Spool(str(spool)), spool / ".spoolgore.lock"
+    the_spool.lock()
+    older = [sys.executable, "-c", TAKE_POSIX_LOCK, lock]
+    for _ in range(2):
+        assert subprocess.run(older, capture_output=True).returncode == 1
+        assert "is in use by pid" in spoolgore_run(spool).stderr
+        lock.read_bytes()  # and closed: the POSIX lock has ended
+    asked = spoolgore_run("-flush", spool)
+    assert asked.returncode == 1 and asked.stderr.endswith(f" the daemon of {spool} is not to be reached from here\n")
+    assert "daemon: running, pid not known here, since" in spoolgore_run("-status", spool).stdout
+    the_spool.lock()  # the same file again
+    assert spoolgore_run("-status", spool).stdout.startswith(f"daemon: running, pid {os.getpid()}, ")
+
+
+def test_an_older_version_keeps_this_one_out(spool):
+    lock = spool / ".spoolgore.lock"
+    lock.write_text("1\n")
+    lock.chmod(0o600)
+    command = [sys.executable, "-c", TAKE_POSIX_LOCK, lock]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as older:
+        older.stdout.readline()
+        assert f"is in use by pid {older.pid}\n" in spoolgore_run(spool).stderr
+        assert spoolgore_run("-status", spool).stdout.startswith(f"daemon: running, pid {older.pid}, ")
+        older.stdin.close()
+
+
+def test_flush_asks_the_daemon_that_has_the_lock(spool, relay, start):
+    relay.recorder.rcpt_replies["a@example.org"] = ["451 4.7.1 later"]
+    put(spool, "m1", mail("a@example.org"))
+    daemon = start("-smtpaddr", relay.address)
+    daemon.wait_for_recipient("m1", "a@example.org", Status=0, Attempts=1)
+    (spool / ".spoolgore.lock").write_text("-9 1\n")  # what the file says is nobody's pid
+    done = spoolgore_run("-flush", spool)
+    assert (done.returncode, done.stdout) == (0, f"pid {daemon.process.pid} was asked to send everything now\n")
+    relay.wait_for(1)
+    assert daemon.stop() == 0
+    done = spoolgore_run("-flush", spool)
+    assert done.returncode == 1 and done.stderr.endswith(f" no daemon runs on {spool}\n")
+
+
+def as_user(uid, *command):
+    """The finished process of a command of this user, who is in no group but his own."""
+    return subprocess.run(
+        list(map(str, command)),
+        user=uid,
+        group=uid,
+        extra_groups=[],
+        umask=0o027,
+        capture_output=True,
+        text=True,
+        cwd="/",
+    )
+
+
+@pytest.fixture
+def drop(request):
+    """A drop directory, made as the README says, where all users can get."""
+    demand("install", root=True)
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        os.chmod(parent, 0o755)
+        command = re.search(r"`(install -d .* -m 3733 )/var/spool/mailout`", README.read_text())[1]
+        words = command.replace("mailout", str(MAILOUT)).split()
+        subprocess.run([*words, f"{parent}/drop"], check=True)
+        yield Path(parent) / "drop"
+
+
+def test_users_who_share_a_drop_directory_cannot_reach_each_others_mail(drop, relay, start):
+    as_mailout = (sys.executable, "-c", AS_USER, MAILOUT)
+    daemon = start("-smtpaddr", relay.address, "-attempts", 1, directory=drop, python=list(map(str, as_mailout)))
+    relay.recorder.rcpt_replies["no@example.org"] = "550 5.1.1 no such user"
+    daemon.send("SIGTSTP")
+    daemon.wait_for("suspended")
+    write = 'cat > "$0/.$1" && mv "$0/.$1" "$0/$1"'
+    for uid, to in ((MALLORY, "no@example.org"), (TRUDY, "b@example.org")):
+        text = f"printf \"From: a@x.org\\nTo: {to}\\n\\nHi.\\n\" | sh -c '{write}' {drop} m{uid}"
+        assert as_user(uid, "sh", "-c", text).stderr == ""
+    theirs, his = drop / f"m{TRUDY}", drop / f"m{MALLORY}"
+    for attempt in (
+        ["cat", theirs], ["rm", "-f", theirs], ["mv", theirs, drop / "mine"], ["mv", "-f", his, theirs], ["ls", drop],
+        ["sh", "-c", f"echo > {theirs}"], ["cat", drop / ".spoolgore.js"], ["rm", "-f", drop / ".spoolgore.js"],
+        ["mv", drop / ".spoolgore.lock", drop / "lock"], ["ls", drop / ".failed"],
+    ):  # fmt: skip
+        assert as_user(MALLORY, *attempt).returncode, attempt
+    assert as_user(MALLORY, "mkfifo", drop / ".spoolgore.js.new").returncode == 0
+    flush = [sys.executable, "-c", AS_USER, str(MALLORY), str(SCRIPT), "-flush", str(drop)]
+    (drop / ".spoolgore.lock").chmod(0o644)  # so that he may ask who has it
+    done = subprocess.run(flush, capture_output=True, text=True)
+    assert done.stderr.endswith(f" pid {daemon.process.pid} cannot be asked, Operation not permitted\n")
+    daemon.send("SIGURG")
+    assert relay.wait_for(1)[0].recipients == ["b@example.org"]
+    daemon.wait_for("moved to ")
+    assert daemon.stop() == 0 and names(drop) == []
+    assert os.listdir(drop / ".failed") == [f"m{MALLORY}"] and not said(daemon, "unable")
+
+
 # -------------------------------------------------------------------- secrets
 
 PASSWORD = "Geheim+"
@@ -8978,7 +9404,7 @@ def test_status_knows_a_daemon_that_is_suspended(spool, start, scripted, run, en
     daemon.send("SIGTSTP")
     daemon.wait_for("Spoolgore is suspended")
     text = wait_until(lambda: "suspended" in (text := spoolgore_run("-status", spool).stdout) and text)
-    assert re.match(rf"daemon: suspended, pid {pid}, since \w+; kill -URG {pid} ends it\n", text)
+    assert re.match(rf"daemon: suspended, pid {pid}, since \w+; -flush ends it\n", text)
     assert run("-once").lines == [f"spool directory {spool} is in use by pid {pid}"]
     daemon.send(end)
     wait_until(lambda: lock.read_text() == f"{pid}\n")
@@ -8999,7 +9425,7 @@ def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
     spooler = spooler_of(spool, status)
     spooler.spool.lock()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(spoolgore, "write_at", full)
         spooler.suspend()
     assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n"
     spooler.resume()
@@ -9125,10 +9551,13 @@ def test_the_watchdog_of_another_process_is_not_ours():
 def test_a_system_that_lacks_nearly_everything(spool, start, relay):
     """As on Windows: no fcntl (lock, leases), inotify, resource, nor the original's signals."""
     put(spool, "m1", mail())
-    daemon = start("-smtpaddr", relay.address, "-freq", 1, python=lacking("inotify", "fcntl", "signals", "posix"))
+    lacks = lacking("inotify", "fcntl", "signals", "posix")
+    daemon = start("-smtpaddr", relay.address, "-freq", 1, "-attempts", 1, "-rate", "9/s", python=lacks)
     relay.wait_for(1)
-    put(spool, "m2", mail())
+    relay.recorder.rcpt_replies["no@example.org"] = "550 5.1.1 no such user"
+    put(spool, "m2", mail("alice@example.org, no@example.org"))
     relay.wait_for(2)
+    daemon.wait_for("moved to .*/.failed/m2")
     assert len([line for line in daemon.lines if "no inotify" in line]) == 1
     wait_until(lambda: not names(spool))
     assert daemon.stop() == 0
