@@ -5055,9 +5055,9 @@ def test_a_writer_that_ends_while_the_file_is_opened(spool, monkeypatch):
 def test_a_file_is_closed_before_its_name_goes(spool, status, monkeypatch, verdict):
     """Windows refuses it else."""
     still_open = []
-    for module, name in ((os, "unlink"), (spoolgore, "move_anew")):
+    for module, name, genuine in ((os, "unlink", os.unlink), (spoolgore, "move_anew", spoolgore.move_anew)):
 
-        def noted(*arguments, real=getattr(module, name)):
+        def noted(*arguments, real=genuine):
             still_open.append(leaked_files(spool / "m"))
             return real(*arguments)
 
