@@ -166,6 +166,7 @@ QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
 UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go (a link may look like that), or is there
 NAME_LIMIT = 255  # octets of a file's name (NAME_MAX)
 SAVE_SECONDS = 1  # the least time between two writes of the status file
+FACTS_SECONDS = 1  # the same, of what only the daemon knows
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 SPEED_SECONDS = 10  # mails a second are those of this time
 GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, its time or its owner
@@ -1762,13 +1763,14 @@ class Spool:
     # -- the lock
 
     def owner(self):
-        """(pid, start time, whether suspended) of the process that has the lock, or None. Asks, and takes nothing.
-        Raises OSError."""
+        """The facts of the daemon that has the lock, as it published them, its pid among them; None when there is
+        none. Asks, and takes nothing. Raises OSError."""
         try:
             with open(self.path(".spoolgore.lock"), "rb") as file:
-                pid, _, word = file.read(32).decode("ascii", "replace").partition("\n")
-                since, pid = os.fstat(file.fileno()).st_mtime, int_or_zero(pid.strip())
-                return (pid, since, word == "suspended\n") if pid and is_locked(file.fileno(), pid) else None
+                pid, *lines = file.read().decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+                facts = {key: value for key, _, value in (line.partition(": ") for line in lines)}
+                is_there = int_or_zero(pid.strip()) and is_locked(file.fileno(), int(pid))
+                return {"pid": pid.strip(), **facts} if is_there else None
         except FileNotFoundError:
             return None
 
@@ -1786,8 +1788,7 @@ class Spool:
                 raise OSError(error.errno, f"{error.strerror} (it cannot be locked)", path) from None
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
         previous, self._lock, self._home = self._lock, handle, os.stat(self.directory)
-        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
-            os.ftruncate(handle, os.pwrite(handle, f"{os.getpid()}\n".encode(), 0))
+        self.publish({})
         if previous is not None:
             os.close(previous)
             self._take(handle)  # closing any handle of a file ends the locks on it (POSIX)
@@ -1797,14 +1798,11 @@ class Spool:
         if fcntl:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
-    def mark(self, suspended):
-        """Let owner() know, in a second line of the lock's file, whose time stays that of the start."""
-        with contextlib.suppress(OSError):  # a full disk: it is only not shown
-            pid, since = f"{os.getpid()}\n".encode(), os.fstat(self._lock).st_mtime_ns
-            os.ftruncate(self._lock, len(pid))
-            if suspended:
-                os.pwrite(self._lock, b"suspended\n", len(pid))
-            os.utime(self._lock, ns=(since, since))
+    def publish(self, facts):
+        """Let owner() know, in ``key: value`` lines below the pid; an empty line ends them while they are written."""
+        lines = [str(os.getpid()), *(f"{key}: {one_line(value)}" for key, value in facts.items()), "", ""]
+        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+            os.ftruncate(self._lock, os.pwrite(self._lock, "\n".join(lines).encode("utf-8", "replace"), 0))
 
     def still_locked(self):
         """Whether the lock is there: it may have been removed, or the directory with it. Raises OSError."""
@@ -2726,11 +2724,11 @@ class Relay:
     """One relay and the connections to it: dials, keeps and reuses them, and knows when it is down.
 
     dial: a function that returns an open Connection or raises OSError. limit: the most connections.
-    on_up: called when the relay answers again.
+    on_news: called when the relay answers again, or when it is known how long it is left alone.
     """
 
-    def __init__(self, name, dial, limit, on_up=lambda: None):
-        self.name, self.on_up = name, on_up
+    def __init__(self, name, dial, limit, on_news=lambda: None):
+        self.name, self.on_news = name, on_news
         self._dial = dial
         self.idle = []  # the most recently used last
         self.in_use = set()
@@ -2738,6 +2736,7 @@ class Relay:
         self.limit = self.cap = limit
         self._capped = 0.0
         self.down = ""  # why it cannot be used
+        self.again = 0.0  # when it is dialled again, while it is down
         self.shunned = {}  # extension -> until when it is not used; it went wrong
         self._waiting = deque()  # an Event for each greenlet that wants a connection
         self._probe_now = gevent.event.Event()
@@ -2892,7 +2891,10 @@ class Relay:
         failures = 0
         while self.down:
             self._probe_now.clear()
-            self._probe_now.wait(probe_delay(failures, login_refused))
+            delay = probe_delay(failures, login_refused)
+            self.again = time.time() + delay
+            self.on_news()
+            self._probe_now.wait(delay)
             failures += 1
             try:
                 connection = self._dial()
@@ -2908,7 +2910,12 @@ class Relay:
         self.cap = self.limit
         self.shunned.clear()
         self._release(self._establish(connection))
-        self.on_up()
+        self.on_news()
+
+    def fact(self):
+        """``up``, or ``down, tried again TIME, REASON``."""
+        reason = self.down.replace(f"{self.name}: ", "", 1)
+        return f"down, tried again {format_time(self.again)}, {reason}" if self.down else "up"
 
 
 def probe_delay(failures, login_refused):
@@ -2967,7 +2974,7 @@ class Printer(Relays):
         return dict.fromkeys(addresses, Outcome(Verdict.DELIVERED))
 
 
-def make_relay(options, environ, stream, on_up):
+def make_relay(options, environ, stream, on_news):
     """The relay that the command line asks for. Raises UsageError."""
     if not options.smtpaddr:
         if stream.name == os.devnull:  # ours, in its place: see set_up_streams
@@ -2977,7 +2984,7 @@ def make_relay(options, environ, stream, on_up):
     relays = []
     for address in options.smtpaddr:
         dialler = functools.partial(dial, address, options.timeout, security)
-        relays.append(Relay(str(address), dialler, options.concurrency, on_up))
+        relays.append(Relay(str(address), dialler, options.concurrency, on_news))
     return Relays(relays)
 
 
@@ -3167,9 +3174,14 @@ def lines_of(entries, paths, now, running=True, mtime=modified):
 
 def enqueued(entry):
     """When the mail was first seen, in seconds since 1970; 0 when an edit made anything else of it."""
+    return moment_of(entry.get("Enqueued")) if isinstance(entry, dict) else 0.0
+
+
+def moment_of(text):
+    """parse_time() of what may be anything; 0 when it is no time."""
     try:
-        return parse_time(entry["Enqueued"])
-    except (KeyError, TypeError, ValueError):
+        return parse_time(text)
+    except (TypeError, ValueError):
         return 0.0
 
 
@@ -3231,9 +3243,9 @@ def daemon_line(owner, now):
     """owner: the daemon that has the spool, as Spool.owner() says."""
     if not owner:
         return "daemon: not running"
-    pid, since, suspended = owner
-    state, hint = ("suspended", f"; kill -URG {pid} ends it") if suspended else ("running", "")
-    return f"daemon: {state}, pid {pid}, since {ago(now - since)}{hint}"
+    pid, is_suspended = owner["pid"], owner.get("suspended") == "yes"
+    state, hint = ("suspended", f"; kill -URG {pid} ends it") if is_suspended else ("running", "")
+    return f"daemon: {state}, pid {pid}, since {ago(now - moment_of(owner.get('since')))}{hint}"
 
 
 def summary(lines, owner, now):
@@ -3618,6 +3630,7 @@ class Delivery:
         if verdict is Verdict.DELIVERED:
             move(recipient, DELIVERED)
             mail.news = self.spooler.queue.epoch
+            self.spooler.tally["sent"] += 1
             log(f"{self.path} successfully sent to {recipient['Address']}")
         elif verdict is Verdict.AGAIN:
             move(recipient, WAITING, text)
@@ -3627,11 +3640,13 @@ class Delivery:
             self.give_up(recipient, text, "permanent SMTP error")
         else:
             deferred(recipient, text, self.spooler.clock())
+            self.spooler.tally["deferred"] += 1
             say_error(self.path, recipient)
         return verdict is Verdict.AGAIN
 
     def give_up(self, recipient, text, reason="max SMTP attempts reached"):
         gave_up(recipient, text)
+        self.spooler.tally["given up"] += 1
         self.mail.news = self.spooler.queue.epoch
         say_error(self.path, recipient)
         log(f"{self.path} {reason} for {recipient['Address']} ... giving up")
@@ -3779,6 +3794,9 @@ class Spooler:
         self.offset = clock() - time.monotonic()
         self.once_until = clock() + 5 * QUIET_SECONDS  # -once waits for files that are being written, but not for ever
         self.sent = 0
+        self.tally = {"sent": 0, "deferred": 0, "given up": 0}  # recipients, since the start
+        self.started, self.today, self.sent_before = format_time(clock()), time.strftime("%Y-%m-%d"), 0
+        self.published, self.next_facts = None, 0.0
         self.suspended = self.stopping = False
         self.exit_status = EX_OK
 
@@ -3882,6 +3900,8 @@ class Spooler:
         """How long nothing needs doing; None: until something happens."""
         now = self.clock()
         pauses = [self.manager.next_sign - time.monotonic(), *([] if self.suspended else self.pauses(now))]
+        if self.next_facts:
+            pauses.append(self.next_facts - time.monotonic())
         return None if min(pauses) == math.inf else max(0.0, min(pauses))
 
     def pauses(self, now):
@@ -3902,6 +3922,28 @@ class Spooler:
         if text := self.progress.line(self.clock(), counts[IN_LINE], counts[FLYING], self.sent, turn):
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
+        if time.monotonic() >= self.next_facts:
+            self.publish()
+
+    def facts(self):
+        """What nobody knows but the running daemon: a dict of texts; moments are RFC 3339."""
+        today, sent = time.strftime("%Y-%m-%d"), self.tally["sent"]
+        if today != self.today:
+            self.today, self.sent_before = today, sent
+        facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
+        facts.update((f"relay {relay.name}", relay.fact()) for relay in self.relay.relays)
+        facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
+        if turn := self.turn():
+            facts["next turn"] = format_time(self.turnstile.clock() + turn)
+        return facts
+
+    def publish(self):
+        """Let -status know the facts, if they have changed; then not for a while."""
+        facts, before = self.facts(), self.published
+        self.next_facts = time.monotonic() + FACTS_SECONDS if facts != before else 0.0
+        if facts != before:
+            self.published = facts
+            self.spool.publish(facts)
 
     def condition(self):
         """One line for the service manager."""
@@ -3951,13 +3993,11 @@ class Spooler:
     def suspend(self, save=True):
         self.suspended = True
         self.status.freeze(save)
-        self.spool.mark(suspended=True)
         self.manager.tell("STATUS=suspended")
         log("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
 
     def resume(self):
         self.suspended = False
-        self.spool.mark(suspended=False)
         self.status.thaw()
         self.next_scan = 0.0
         self.relay.poke()
@@ -3987,9 +4027,10 @@ class Spooler:
         log(f"spool directory flushed ({self.queued()} messages in the queue)")
         self.resume()
 
-    def relay_is_up(self):
-        """What waited for the relay goes at once."""
-        self.queue.release_held()
+    def relay_has_news(self):
+        """What waited for the relay goes at once if it is up."""
+        if not self.relay.down:
+            self.queue.release_held()
         self.wake.set()
 
     # -- what is there
@@ -4227,7 +4268,7 @@ def serve(options):
     status = Status(queue, spool)
     turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
     spooler = Spooler(options, spool, queue, status, turnstile)
-    spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_is_up)
+    spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
     set_up_signals(spooler)

@@ -7965,22 +7965,20 @@ def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
 def test_status_knows_a_daemon_that_is_suspended(spool, start, scripted, run, end):
     daemon = start("-smtpaddr", scripted().address)
     pid, lock = daemon.process.pid, spool / ".spoolgore.lock"
-    os.utime(lock, (NOW, NOW))  # its time, that of the start, lasts
     daemon.send("SIGTSTP")
     daemon.wait_for("Spoolgore is suspended")
     text = wait_until(lambda: "suspended" in (text := spoolgore_run("-status", spool).stdout) and text)
     assert re.match(rf"daemon: suspended, pid {pid}, since \w+; kill -URG {pid} ends it\n", text)
     assert run("-once").lines == [f"spool directory {spool} is in use by pid {pid}"]
     daemon.send(end)
-    wait_until(lambda: lock.read_text() == f"{pid}\n")
+    wait_until(lambda: "suspended: no" in lock.read_text())
     assert spoolgore_run("-status", spool).stdout.startswith(f"daemon: running, pid {pid}, since ")
-    wait_until(lambda: lock.stat().st_mtime == NOW)
     daemon.send("SIGTSTP")
-    wait_until(lambda: "suspended" in lock.read_text())
+    wait_until(lambda: "suspended: yes" in lock.read_text())
     daemon.kill()
     assert spoolgore_run("-status", spool).stdout.startswith("daemon: not running\n")
     daemon = start("-smtpaddr", scripted().address)
-    assert lock.read_text() == f"{daemon.process.pid}\n"
+    assert lock.read_text().split("\n")[0] == str(daemon.process.pid) and "suspended: yes" not in lock.read_text()
 
 
 def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
@@ -7992,9 +7990,70 @@ def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
         spooler.suspend()
-    assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n"
+        spooler.publish()
+    assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n\n"
     spooler.resume()
     assert not spooler.suspended
+
+
+def down_relay(name, reason="[Errno 111] Connection refused"):
+    relay = spoolgore.Relay(name, None, 1)
+    relay.down, relay.again = f"{name}: {reason}", NOW + 8
+    return relay
+
+
+def test_what_only_the_daemon_knows_stands_in_the_lock(spool, status):
+    spooler = spooler_of(spool, status, "-rate", "5/h")
+    spooler.relay = spoolgore.Relays([down_relay("[::1]:25", "451 wait: a\nb\x1b"), spoolgore.Relay("b:25", None, 1)])
+    spooler.suspended = True
+    spooler.tally["sent"] = 7
+    spooler.publish()
+    again, since = spoolgore.format_time(NOW + 8), spoolgore.format_time(NOW)
+    facts = {"version": spoolgore.VERSION, "since": since, "suspended": "yes"}
+    facts.update({"relay [::1]:25": f"down, tried again {again}, 451 wait: a b\\x1b", "relay b:25": "up"})
+    facts.update({"sent": "7", "sent today": "7", "today": time.strftime("%Y-%m-%d")})
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, spool], stdout=subprocess.PIPE
+    ) as other:  # F_GETLK is for others
+        assert json.loads(other.stdout.read()) == {"pid": str(os.getpid()), **facts}
+    lines = (spool / ".spoolgore.lock").read_text().split("\n")
+    assert lines == [str(os.getpid()), *(f"{key}: {value}" for key, value in facts.items()), "", ""]
+
+
+OWNER = f"""
+import json, sys
+sys.path.insert(0, {str(SCRIPT.parent)!r})
+import spoolgore
+print(json.dumps(spoolgore.Spool(sys.argv[1]).owner()))
+"""
+
+
+def test_facts_are_written_when_they_change_and_not_more_often(spool, status, monkeypatch):
+    spooler, written = spooler_of(spool, status), []
+    spooler.suspended = True  # nothing else wakes the loop
+    monkeypatch.setattr(spooler.spool, "publish", written.append)
+    spooler.tell()
+    spooler.tally["sent"] += 1
+    spooler.tell()  # too soon
+    assert [facts["sent"] for facts in written] == ["0"]
+    assert 0.5 < spooler.idle_seconds() <= 1
+    spooler.next_facts = time.monotonic()
+    spooler.tell()
+    assert [facts["sent"] for facts in written] == ["0", "1"]
+    spooler.next_facts = time.monotonic()
+    spooler.tell()
+    assert len(written) == 2 and not spooler.next_facts  # nothing new: nobody wakes up for it
+    monkeypatch.setattr(time, "strftime", lambda form: "2099-01-01")
+    spooler.tell()
+    assert (written[-1]["sent"], written[-1]["sent today"]) == ("1", "0")
+
+
+def test_a_turn_of_rate_is_a_fact(spool, status):
+    spooler = spooler_of(spool, status, "-rate", "1/h")
+    spooler.turnstile.rate.note(1)
+    spooler.turnstile.rate.note(1, NOW)
+    spooler.queue.line_up(spooler.queue.add(spooler.spool.path("m1")), spooler.queue.fresh)
+    assert spooler.facts()["next turn"] == spoolgore.format_time(NOW + 3600.001)
 
 
 def test_status_with_a_status_file_elsewhere(spool, tmp_path):
