@@ -5220,6 +5220,20 @@ def test_once(spool, scripted, run, prepare, code, sent):
     assert len(relay.connections.items) <= sent
 
 
+def test_the_log_has_the_relay_s_words(spool, scripted, run):
+    """With its name where there may be doubt about which it was; the first is away here."""
+    relay = scripted()
+    relay.replies = {".": "250-2.0.0 Ok:\r\n250 queued as \x1b[1m4F1"}
+    put(spool, "m1", mail("a@x.org"))
+    assert run("-once", "-smtpaddr", relay.address).lines[3] == f"{spool}/m1 successfully sent to a@x.org: {WORDS}"
+    put(spool, "m1", mail("a@x.org"))
+    lines = run("-once", "-smtpaddr", f"127.0.0.1:{free_port()},{relay.address}").lines
+    assert f"{spool}/m1 successfully sent to a@x.org: {relay.address}: {WORDS}" in lines
+
+
+WORDS = "250 2.0.0 Ok: queued as  [1m4F1"
+
+
 def test_the_printer(spool):
     put(spool, "m1", mail("Alice <a@x.org>", sender="App <app@x.org>", Bcc="b@x.org", body=".\nGrüße\n"))
     put(spool, "m2", mail("c@x.org", sender=""))
@@ -8249,7 +8263,7 @@ def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
     spooler = spooler_of(spool, status)
     spooler.spool.lock()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "write", full)
         spooler.suspend()
         spooler.publish()
     assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n\n"
