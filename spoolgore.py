@@ -3413,8 +3413,9 @@ def daemon_line(summary, now):
     if summary["daemon"] == "not running":
         return "daemon: not running"
     hint = f"; kill -URG {summary['pid']} ends it" if summary["daemon"] == "suspended" else ""
-    since, version = ago(now - moment_of(summary["since"])), f"version {summary['version']}"
-    return f"daemon: {summary['daemon']}, pid {summary['pid']}, {version}, since {since}{hint}"
+    since = f", since {ago(now - moment_of(summary['since']))}" if summary["since"] else ""  # it is just starting
+    version = f", version {summary['version']}" if summary["version"] else ""
+    return f"daemon: {summary['daemon']}, pid {summary['pid']}{version}{since}{hint}"
 
 
 def held_by(summary):
@@ -4349,6 +4350,7 @@ class Spooler:
         status file counts; else only the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
+        self.published = None
         if watch := self.keepers.pop("watch", None):
             watch.kill()
         if same:
@@ -4542,6 +4544,7 @@ def serve(options):
     gevent.get_hub().print_exception = spooler.lost_by_gevent
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
+    spooler.publish()
     try:
         status.load()
     except CorruptStatus as error:
