@@ -3469,7 +3469,7 @@ def all_about(line, now):
     yield f"  {line.kind}, for {ago(now - line.since)}, from {line.sender or '<>'}{line.error and ', '}{line.error}"
     for recipient in recipients(envelope) if envelope else ():
         what, wait = state(recipient), next_attempt_of(recipient) - now
-        next_in = f", next in {ago(wait)}" if what == WAITING else ""
+        next_in = "" if what != WAITING else f", next in {ago(wait)}" if wait > 0 else ", due now"
         attempts = f", attempts: {recipient['Attempts']}{next_in}" if what != DELIVERED else ""
         yield f"  {recipient['Address']}: {what}{attempts}{recipient['Error'] and ', '}{recipient['Error']}"
 
