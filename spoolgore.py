@@ -62,12 +62,12 @@ Status options:
   -json PATH             path of the json status file; .spoolgore.js in the
                          spool directory if empty
   -status                print how the spool is doing, or all about the mails
-                         NAME, and exit: 0; 1 when somebody should look; 69 when
-                         no daemon runs
-  -older AGE             somebody should look when a mail waits for longer: 90s,
-                         15m, 2h, 3d; 0 for never [default: 1h]
-  -format FORMAT         of -status: text, or json (an object a line, the summary
-                         first) [default: text]
+                         NAME, and exit: 0; 1 when somebody should look; 69
+                         when no daemon runs
+  -older AGE             somebody should look when a mail waits for longer:
+                         90s, 15m, 2h, 3d; 0 for never [default: 1h]
+  -format FORMAT         of -status: text, or json (an object a line, the
+                         summary first) [default: text]
 
 Other options:
   -h, -help              print this text

@@ -599,6 +599,9 @@ def test_defaults():
         smtppassword="",
         smtpmd5user="",
         smtpmd5password="",
+        older=3600,
+        format="text",
+        names=[],
         smtpauth="",
         smtppasswordcommand="",
         tls="auto",
@@ -4950,13 +4953,6 @@ def state_in(spooler, name):
     return mail and mail.state
 
 
-@pytest.mark.parametrize("asked, suspended", [
-    (["suspend"], True),
-    (["suspend", "reload"], False),
-    (["reload", "suspend"], True),
-    (["suspend", "flush"], False),
-    (["flush", "suspend", "suspend"], True),
-])  # fmt: skip
 # -- a mail's user holds it, releases it, wants it now
 
 
@@ -5113,6 +5109,13 @@ def test_a_scan_that_sees_a_mail_for_the_first_time_does_not_take_it_for_touched
     assert waiting.state == spoolgore.IN_LINE
 
 
+@pytest.mark.parametrize("asked, suspended", [
+    (["suspend"], True),
+    (["suspend", "reload"], False),
+    (["reload", "suspend"], True),
+    (["suspend", "flush"], False),
+    (["flush", "suspend", "suspend"], True),
+])  # fmt: skip
 def test_signals_that_come_together_are_acted_on_in_their_order(spool, status, asked, suspended):
     spooler = spooler_of(spool, status)
     spooler.spool.lock()
