@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["gevent>=22.10", "docopt>=0.6.2"]
+# dependencies = [
+#   'gevent>=22.10 ; python_version >= "3.10"',
+#   'gevent>=22.10,<26 ; python_version < "3.10"',
+#   "docopt>=0.6.2",
+# ]
 # ///
 """Spoolgore: sends the mails that applications drop into a directory.
 
@@ -10,7 +14,7 @@ soon as it is there, tried again on any error, and removed when every
 recipient has it.
 
 Usage:
-  spoolgore.py [options] DIRECTORY
+  spoolgore.py [options] DIRECTORY [NAME...]
 
 Relay options:
   -smtpaddr ADDR         address of the smtp address to use in the addr:port
@@ -57,8 +61,13 @@ Queue options:
 Status options:
   -json PATH             path of the json status file; .spoolgore.js in the
                          spool directory if empty
-  -status                print how the spool is doing and exit: 0, or 1 when no
-                         daemon runs or a mail was given up
+  -status                print how the spool is doing, or all about the mails
+                         NAME, and exit: 0; 1 when somebody should look; 69
+                         when no daemon runs
+  -older AGE             somebody should look when a mail waits for longer:
+                         90s, 15m, 2h, 3d; 0 for never [default: 1h]
+  -format FORMAT         of -status: text, or json (an object a line, the
+                         summary first) [default: text]
   -flush                 have the daemon that runs on DIRECTORY send everything
                          now, and exit: 0, or 1 when it cannot be asked
 
@@ -76,10 +85,22 @@ Signals:
   SIGTERM, SIGINT        finish what is in flight (10 s at most) and exit
 """
 
-if __name__ == "__main__":  # importing the module never patches the importer
-    from gevent import monkey
+import sys
+import warnings
 
-    monkey.patch_all()
+try:
+    if __name__ == "__main__":  # importing the module never patches the importer
+        from gevent import monkey
+
+        monkey.patch_all()
+    with warnings.catch_warnings():  # docopt 0.6.2's own, since Python 3.12
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import docopt
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    hint = "apt install python3-gevent python3-docopt, or: pip install gevent docopt"
+    sys.exit(f"spoolgore.py needs {error.name or error}, which is not installed for {sys.executable}: {hint}")
 
 import atexit
 import base64
@@ -111,7 +132,6 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import time
 import traceback
 import unicodedata
@@ -120,7 +140,6 @@ from datetime import datetime, timezone
 from encodings.idna import nameprep
 from typing import NamedTuple
 
-import docopt
 import gevent
 import gevent.event
 import gevent.lock
@@ -131,8 +150,12 @@ from gevent import subprocess
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, no leases
+except ImportError:  # Windows: no leases
     fcntl = None
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt = None
 
 # ---------------------------------------------------------------- glossary
 #
@@ -174,13 +197,14 @@ UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go 
 NAME_LIMIT = 255  # octets of a file's name (NAME_MAX)
 STATE_LIMIT = 2**30  # octets; no state file is larger: a million mails are waiting then
 SAVE_SECONDS = 1  # the least time between two writes of the status file
+FACTS_SECONDS = 1  # the same, of what only the daemon knows
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
 SPEED_SECONDS = 10  # mails a second are those of this time
 GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, its time or its owner
 CLOCK_STEP_SECONDS = 5  # a clock that jumps back by more was set
 SAY_AGAIN_SECONDS = 3600  # what goes on for so long is said again
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
-EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
+EX_OK, EX_ERROR, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL = 0, 1, 2, 69, 75
 
 
 # --------------------------------------------------------------------- log
@@ -273,6 +297,9 @@ class Options(NamedTuple):
     json: str
     status: bool
     flush: bool
+    older: float  # infinity for never
+    format: str
+    names: list  # of mails, with -status
 
 
 class Address(NamedTuple):
@@ -377,13 +404,23 @@ def parse_relay(text, default_port):
     return Address(match[1] or match[2] or "localhost", port)
 
 
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
 def parse_rate(text):
     """(recipients, seconds) pairs from limits like ``14/s,50000/d``."""
-    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     limits = [re.fullmatch(r"([1-9]\d{0,8})/([smhd])", part.strip()) for part in text.split(",")] if text else []
     if not all(limits):
         raise bad_value("rate", text, "not limits like 14/s,50000/d")
-    return [(int(limit[1]), seconds[limit[2]]) for limit in limits]
+    return [(int(limit[1]), UNITS[limit[2]]) for limit in limits]
+
+
+def parse_age(text):
+    """Seconds from ``90s``, ``15m``, ``2h`` or ``3d``; infinity from 0."""
+    match = re.fullmatch(r"(\d{1,9})([smhd])", text, re.ASCII)
+    if not match and text != "0":
+        raise bad_value("older", text, "not a time like 90s, 15m, 2h or 3d")
+    return int(match[1]) * UNITS[match[2]] if match and int(match[1]) else math.inf
 
 
 def parse_options(argv, doc=None):
@@ -398,7 +435,7 @@ def parse_options(argv, doc=None):
     if "--version" in words:
         raise SystemExit(print(f"spoolgore.py {VERSION}"))
     directories = [word for word in words if not word.startswith("--")]
-    if len(directories) > 1:
+    if len(directories) > 1 and "--status" not in words:
         raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
     found = docopt.docopt(docopt_text(doc), words, False)
@@ -416,6 +453,7 @@ def typed(found):
     switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status", "flush")}
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
+    parsed.update(older=parse_age(found["older"]), names=found["NAME"])
     values = {**found, **switches, **numbers, **parsed}
     return Options(**{name: values[name] for name in Options._fields})
 
@@ -423,6 +461,7 @@ def typed(found):
 def check_words(found):
     """Texts that stay texts. Raises UsageError."""
     check_choice("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
+    check_choice("format", found["format"], ("text", "json"))
     check_choice("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
     check_user(found, "smtpauth", "smtpuser", "smtpmd5user")
     check_user(found, "smtppasswordcommand", "smtpuser", "smtpmd5user")
@@ -982,8 +1021,8 @@ MOVES = {
 STATUS_NUMBERS = {WAITING: 0, IN_FLIGHT: 1, DELIVERED: 2, GIVEN_UP: 2}
 MOVES_BY_NUMBER = {(STATUS_NUMBERS[before], after) for before, after in MOVES if before != GIVEN_UP}
 FIELDS = ("To", "Cc", "Bcc")
-TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
-ADDRESS, STATUS = operator.itemgetter("Address"), operator.itemgetter("Status")
+TIME = re.compile(r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
+ADDRESS = operator.itemgetter("Address")
 MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
@@ -1001,7 +1040,7 @@ def whole_second(seconds):
 
 def parse_time(text):
     """Seconds since 1970 from RFC 3339 text; Go's zero time is far in the past. Raises ValueError."""
-    if text[26:] == "Z" and text[7] + text[10] + text[19] == "-T.":  # nearly all, since format_time() made them
+    if text[26:] == "Z" and text[7] + text[10] + text[19] == "-T." and text[11:13] < "24":  # format_time() made it
         return datetime.fromisoformat(f"{text[:26]}+00:00").timestamp()
     match = TIME.fullmatch(text)
     if not match:
@@ -1198,7 +1237,7 @@ IN_LINE, FLYING, RESTING, HELD, STUCK, ASIDE, LEFT = STATES = (
     "resting",  # until it is due
     "held",  # until the relay is up
     "stuck",  # until its file changes
-    "aside",  # given up: its file is in .failed
+    "aside",  # given up: its file is in .failed; or it is held by its user: there is a dot before its name
     "left",  # not here: whoever still holds it lets it go
 )
 MOVES_OF_MAILS = {
@@ -1206,8 +1245,8 @@ MOVES_OF_MAILS = {
     *((FLYING, new) for new in (IN_LINE, RESTING, HELD, STUCK, ASIDE, LEFT)),
     *((waits, new) for waits in (RESTING, HELD, STUCK) for new in (IN_LINE, RESTING, FLYING, LEFT)),
     *((IN_LINE, new) for new in (FLYING, LEFT)),
-    (RESTING, ASIDE),  # put aside just before a crash
-    (ASIDE, LEFT),
+    *((waits, ASIDE) for waits in (IN_LINE, RESTING, HELD, STUCK)),  # put aside just before a crash; held
+    *((ASIDE, new) for new in (RESTING, FLYING, LEFT)),
 }
 AWAY_LIMIT = 1000  # how many partly delivered mails are recognised when they come back
 
@@ -1215,14 +1254,15 @@ AWAY_LIMIT = 1000  # how many partly delivered mails are recognised when they co
 class Mail:
     """One file of the spool, from when its name is seen until it is settled. See Queue."""
 
-    __slots__ = ("path", "state", "due", "entry", "identity", "seen", "whole", "forced", "need", "news")
+    __slots__ = ("path", "state", "due", "entry", "identity", "seen", "print", "whole", "forced", "need", "news")
 
     def __init__(self, path, entry=None):
         self.path, self.state = path, LEFT
         self.due = 0.0  # until when it rests
         self.entry = entry  # the envelope: a dict in flight, packed at rest; None until it was read
         self.identity = None  # of its file, in flight and where it may be needed later
-        self.seen = None  # signature of the file of a STUCK mail
+        self.seen = None  # signature of the file of a STUCK mail; device and inode of one that is held
+        self.print = 0  # hash of its file's latest identity; 0 if it was not opened since the start
         self.whole = False  # its file was seen to be closed, or to be moved here
         self.forced = False  # flushed: everybody who waits is due
         self.need = 1  # recipients of its next transaction, as far as that is known
@@ -1902,7 +1942,7 @@ def whole_at_birth(path):
 def write_at(handle, text, position):
     """os.pwrite(), which is not on Windows."""
     os.lseek(handle, position, os.SEEK_SET)
-    return os.write(handle, text.encode())
+    return os.write(handle, text.encode("utf-8", "replace"))
 
 
 FLOCK = "hhqqi4x"  # struct flock of Linux: type, whence, start, length, pid
@@ -1912,6 +1952,11 @@ def flock(start, length):
     return struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
 
 
+def msvcrt_lock(handle, mode):
+    os.lseek(handle, 2**30, os.SEEK_SET)  # far behind the text: nobody else can read what is locked there
+    msvcrt.locking(handle, mode, 1)
+
+
 def take_lock(handle):
     """Lock a file for this process. Raises OSError.
 
@@ -1919,8 +1964,8 @@ def take_lock(handle):
     not, but has no pid to be asked for. So its first octet gets the one, and the rest the other. Either keeps out a
     program that wants a POSIX lock on the whole file, as older versions of this one do.
     """
-    if not fcntl:  # Windows
-        return
+    if not fcntl:
+        return msvcrt and msvcrt_lock(handle, msvcrt.LK_NBLCK)
     length = 0
     if sys.platform == "linux":
         try:
@@ -1932,11 +1977,21 @@ def take_lock(handle):
     fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length)
 
 
+def is_free(handle):
+    """Whether no process has locked this file, for msvcrt."""
+    try:
+        msvcrt_lock(handle, msvcrt.LK_NBLCK)
+    except OSError:
+        return False
+    msvcrt_lock(handle, msvcrt.LK_UNLCK)
+    return True
+
+
 def lock_holder(handle, pid):
     """The process that has locked this file (F_GETLK); 0 if none has, -1 if it is not known here by a number: it may be
     in another container. Where that cannot be asked: pid, if it lives."""
-    if not fcntl:  # Windows: there is no lock, and os.kill(pid, 0) would be a Ctrl-C
-        return 0
+    if not fcntl:  # Windows can only try; os.kill(pid, 0) would be a Ctrl-C there
+        return pid if msvcrt and not is_free(handle) else 0
     if sys.platform == "linux":
         for length in (1, 0):
             lock = struct.unpack(FLOCK, fcntl.fcntl(handle, fcntl.F_GETLK, flock(0, length)))
@@ -2060,16 +2115,16 @@ class Spool:
     # -- the lock
 
     def owner(self):
-        """(pid, start time, whether suspended) of the process that has the lock, or None; pid is -1 if that process is
-        not to be reached from here. Asks, and takes nothing. Raises Untrusted, OSError."""
+        """The facts of the daemon that has the lock, as it published them, and its pid, which is -1 if it is not to be
+        reached from here; None when there is none. Asks, and takes nothing. Raises Untrusted, OSError."""
         try:
             handle = open_state(self.path(".spoolgore.lock"), owners=self.owners)
         except FileNotFoundError:
             return None
         with open(handle, "rb") as file:
-            pid, _, word = file.read(32).decode("ascii", "replace").partition("\n")
-            pid = lock_holder(handle, int_or_zero(pid.strip()))
-            return (pid, os.fstat(handle).st_mtime, word == "suspended\n") if pid else None
+            word, *lines = file.read().decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+            pid = lock_holder(handle, int_or_zero(word.strip()))
+            return {"pid": str(pid), **dict(line.partition(": ")[::2] for line in lines)} if pid else None
 
     def lock(self):
         """Make this process the only one that sends from here. Raises Locked, Untrusted, OSError."""
@@ -2084,29 +2139,26 @@ class Spool:
             os.close(previous)
         status = os.fstat(handle)
         self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
-        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
-            os.ftruncate(handle, write_at(handle, f"{os.getpid()}\n", 0))
+        self.publish({})
 
     def _take(self, handle, path):
         """Raises Locked, OSError; then the handle is closed."""
         try:
             take_lock(handle)
         except OSError as error:
+            os.lseek(handle, 0, os.SEEK_SET)
             word = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
             pid = lock_holder(handle, 0)
             os.close(handle)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
+            if fcntl and error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise OSError(error.errno, f"{error.strerror} (it cannot be locked)", path) from None
             raise Locked(f"spool directory {self.directory} is in use by pid {pid if pid > 0 else word}") from None
 
-    def mark(self, suspended):
-        """Let owner() know, in a second line of the lock's file, whose time stays that of the start."""
-        with contextlib.suppress(OSError):  # a full disk: it is only not shown
-            pid, since = f"{os.getpid()}\n".encode(), os.fstat(self._lock).st_mtime_ns
-            os.ftruncate(self._lock, len(pid))
-            if suspended:
-                write_at(self._lock, "suspended\n", len(pid))
-            os.utime(self._lock, ns=(since, since))
+    def publish(self, facts):
+        """Let owner() know, in ``key: value`` lines below the pid; an empty line ends them while they are written."""
+        lines = [str(os.getpid()), *(f"{key}: {one_line(value)}" for key, value in facts.items()), "", ""]
+        with contextlib.suppress(OSError):  # a full disk: it is locked all the same
+            os.ftruncate(self._lock, write_at(self._lock, "\n".join(lines), 0))
 
     def still_locked(self):
         """Whether the lock is there: it may have been removed, or the directory with it. Raises OSError."""
@@ -2133,6 +2185,8 @@ class Spool:
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
                 raise NotAMail("not a regular file, ignored") from None
+            if error.errno == errno.EACCES and os.path.isdir(path):  # Windows opens no directory
+                raise NotAMail("") from None
             if error.errno == errno.ENOTDIR:
                 raise FileNotFoundError(errno.ENOENT, error.strerror, path) from None
             raise
@@ -2202,9 +2256,9 @@ class Watch:
 
     def __init__(self, directory, lock):
         """lock: a file in it whose removal is noticed too, as ATTRIB (it has a link less)."""
-        libc = ctypes.CDLL(None, use_errno=True)
+        libc = None if msvcrt else ctypes.CDLL(None, use_errno=True)
         if not hasattr(libc, "inotify_init1"):
-            raise OSError(errno.ENOSYS, "no inotify")
+            raise OSError(errno.ENOSYS, "this system has none")
         self.handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         wanted = self.CLOSE_WRITE | self.MOVED_TO | self.CREATE | self.DELETE_SELF | self.MOVE_SELF | self.ONLYDIR
         for path, mask in ((directory, wanted), (lock, self.ATTRIB)):
@@ -3147,11 +3201,11 @@ class Relay:
     """One relay and the connections to it: dials, keeps and reuses them, and knows when it is down.
 
     dial: a function that returns an open Connection or raises OSError. limit: the most connections.
-    on_up: called when the relay answers again.
+    on_news: called when the relay answers again, or when it is known how long it is left alone.
     """
 
-    def __init__(self, name, dial, limit, on_up=lambda: None):
-        self.name, self.on_up = name, on_up
+    def __init__(self, name, dial, limit, on_news=lambda: None):
+        self.name, self.on_news = name, on_news
         self._dial = dial
         self.idle = []  # the most recently used last
         self.in_use = set()
@@ -3159,6 +3213,7 @@ class Relay:
         self.limit = self.cap = limit
         self._capped = 0.0
         self.down = ""  # why it cannot be used
+        self.again = 0.0  # when it is dialled again, while it is down
         self.shunned = {}  # extension -> until when it is not used; it went wrong
         self._waiting = deque()  # an Event for each greenlet that wants a connection
         self._probe_now = gevent.event.Event()
@@ -3327,7 +3382,10 @@ class Relay:
         failures = 0
         while self.down:
             self._probe_now.clear()
-            self._probe_now.wait(probe_delay(failures, self._login_refused))
+            delay = probe_delay(failures, self._login_refused)
+            self.again = time.time() + delay
+            self.on_news()
+            self._probe_now.wait(delay)
             failures += 1
             try:
                 connection = self._dial()
@@ -3342,7 +3400,12 @@ class Relay:
         self.cap = self.limit
         self.shunned.clear()
         self._release(self._establish(connection))
-        self.on_up()
+        self.on_news()
+
+    def fact(self):
+        """``up``, or ``down, tried again TIME, REASON``."""
+        reason = self.down.replace(f"{self.name}: ", "", 1)
+        return f"down, tried again {format_time(self.again)}, {reason}" if self.down else "up"
 
 
 def probe_delay(failures, login_refused):
@@ -3369,7 +3432,8 @@ class Relays:
     def send(self, sender, addresses, message):
         for relay in self.relays:
             try:
-                return relay.send(sender, addresses, message)
+                outcomes = relay.send(sender, addresses, message)
+                return outcomes if len(self.relays) == 1 else dict(by(relay, *pair) for pair in outcomes.items())
             except RelayDown:
                 continue
         raise RelayDown(self.down or "the relays are unavailable")
@@ -3389,6 +3453,12 @@ class Relays:
     def close(self):
         for relay in self.relays:
             relay.close()
+
+
+def by(relay, address, outcome):
+    """The pair as it is; who has the mail is told by whom."""
+    delivered = outcome.verdict is Verdict.DELIVERED
+    return address, outcome._replace(text=f"{relay.name}: {outcome.text}") if delivered else outcome
 
 
 class Printer(Relays):
@@ -3415,7 +3485,7 @@ class Printer(Relays):
         return re.sub(r"[^\n\t]+", lambda part: one_line(part[0]), text.decode("utf-8", "backslashreplace")).encode()
 
 
-def make_relay(options, environ, stream, on_up):
+def make_relay(options, environ, stream, on_news):
     """The relay that the command line asks for. Raises UsageError."""
     if not options.smtpaddr:
         if stream.name == os.devnull:  # ours, in its place: see set_up_streams
@@ -3425,7 +3495,7 @@ def make_relay(options, environ, stream, on_up):
     relays = []
     for address in options.smtpaddr:
         dialler = functools.partial(dial, address, options.timeout, security)
-        relays.append(Relay(str(address), dialler, options.concurrency, on_up))
+        relays.append(Relay(str(address), dialler, options.concurrency, on_news))
     return Relays(relays)
 
 
@@ -3604,39 +3674,60 @@ class Line(NamedTuple):
     recipient: str
     attempts: int
     error: str
+    entry: str = "null"  # as JSON, where it is asked for
 
 
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
+PATIENT = KINDS[:4]  # the kinds that wait to be sent
 
 
-def lines_of(entries, paths, now, running=True, mtime=modified):
+def lines_of(entries, paths, now, running=True, mtime=modified, whole=False):
     """A Line for each mail, due first: entries are (path, entry) pairs, paths those of the files. Its entry says since
     when it is here; only who has none is asked for his file's mtime, since that takes longer than all the rest."""
-    left, lines = set(paths), []
+    left, lines, lost = set(paths), [], {}
     for path, entry in entries:
         if path in left:
             left.remove(path)
-            lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running))
-    lines += [line_without_entry(path, since, now) for path in left if (since := mtime(path))]
+            lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running, whole))
+        elif (
+            not envelope_problem(entry) and state_of_all(entry) == GIVEN_UP
+        ):  # the status file does not know where to yet
+            lost[os.path.basename(path)] = entry
+    for path in left:
+        if since := mtime(path):
+            entry = lost.get(re.sub(r"\.\d+\Z", "", os.path.basename(path))) or lost.get(os.path.basename(path))
+            is_known = entry and is_aside(path)
+            lines.append(
+                line_of(path, entry, since, running, whole) if is_known else line_without_entry(path, since, now)
+            )
     return sorted(lines, key=operator.itemgetter(0, 1, 2))
+
+
+def is_aside(path):
+    return os.path.basename(os.path.dirname(path)) == ".failed"
 
 
 def enqueued(entry):
     """When the mail was first seen, in seconds since 1970; 0 when an edit made anything else of it."""
+    return moment_of(entry.get("Enqueued")) if isinstance(entry, dict) else 0.0
+
+
+def moment_of(text):
+    """parse_time() of what may be anything; 0 when it is no time."""
     try:
-        return parse_time(entry["Enqueued"])
-    except (KeyError, TypeError, ValueError):
+        return parse_time(text)
+    except (TypeError, ValueError):
         return 0.0
 
 
 def line_without_entry(path, since, now):
     """What was just put aside may not be in the status file yet."""
-    if os.path.basename(os.path.dirname(path)) == ".failed":
+    if is_aside(path):
         return Line(math.inf, "given up", path, since, "", "", 0, "")
     return Line(now, "new", path, since, "", "", 0, "")
 
 
-def line_of(path, envelope, since, running=True):
+def line_of(path, envelope, since, running=True, whole=False):
     if problem := envelope_problem(envelope):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
     if not running:
@@ -3645,12 +3736,13 @@ def line_of(path, envelope, since, running=True):
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     concerned = left or [recipient for recipient in everybody if recipient["Error"]]
     sender, error = bare(envelope.get("From")), str(envelope.get("Error") or "")  # an edit may have made anything of it
-    kind = "unusable" if error else kind_of(left, concerned)
+    kind, entry = "unusable" if error else kind_of(left, concerned), json.dumps(envelope) if whole else "null"
     if not concerned:
-        return Line(math.inf, kind, path, since, sender, "", 0, error)
+        return Line(math.inf, kind, path, since, sender, "", 0, error, entry)
     due, shown = first_due(concerned)
     to = shown["Address"] if len(concerned) == 1 else f"{shown['Address']} +{len(concerned) - 1}"
-    return Line(due if left else math.inf, kind, path, since, sender, to, shown["Attempts"], error or shown["Error"])
+    due, error = due if left else math.inf, error or shown["Error"]
+    return Line(due, kind, path, since, sender, to, shown["Attempts"], error, entry)
 
 
 def first_due(some):
@@ -3683,33 +3775,112 @@ def ago(seconds):
     return f"{max(0, seconds):.0f}s"
 
 
-def daemon_line(owner, now):
-    """owner: the daemon that has the spool, as Spool.owner() says."""
-    if not owner:
-        return "daemon: not running"
-    pid, since, suspended = owner
-    state, hint = ("suspended", "; -flush ends it") if suspended else ("running", "")
-    return f"daemon: {state}, pid {pid if pid > 0 else 'not known here'}, since {ago(now - since)}{hint}"
+# What one error has and another that means the same has not: addresses, numbers in brackets, names of queue files.
+PARTICULAR = re.compile(
+    r"<[^<>]*>|[^<>(),:;]+@[^<>(),:;]+|(?<![\w.-])(?:(?=[A-F]*\d)(?=\d*[A-F])[0-9A-F]{3,}"
+    r"|(?=[A-Za-z-]*\d[A-Za-z-]*\d)[\w-]{8,}(?:\.\d+)?)(?![\w-]|\.\w)"
+)
 
 
-def summary(lines, owner, now):
+def grouped(errors):
+    """Errors and their counts, those that mean the same taken together: a Counter from text to how often."""
+    alike = collections.Counter()
+    for error, count in errors.items():
+        alike[" ".join(filter(None, map(general, error.split()))).replace(" :", ":").strip(" :")] += count
+    return alike
+
+
+@functools.lru_cache(maxsize=100_000)  # relays have few words
+def general(word):
+    return PARTICULAR.sub("", word)
+
+
+def relays_of(facts):
+    """Each relay of the facts, as Relay.fact() tells of it."""
+    for key, value in facts.items():
+        if key.startswith("relay "):
+            state, again, reason = [*value.split(", ", 2), "", ""][:3]
+            again = again.replace("tried again ", "", 1)
+            yield {"address": key[6:], "state": state, "again": again, "reason": reason}
+
+
+def summary_of(lines, facts, now, older=math.inf):
+    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds."""
+    facts, kinds = facts or {}, collections.Counter(line.kind for line in lines)
+    state = "not running" if not facts else "suspended" if facts.get("suspended") == "yes" else "running"
+    is_today = facts.get("today") == time.strftime("%Y-%m-%d", time.localtime(now))
+    oldest = min((line for line in lines if line.kind in PATIENT), key=lambda line: line.since, default=None)
+    summary = {
+        "daemon": state,
+        **{key: facts.get(key) for key in ("version", "since")},
+        "pid": int_or_zero(facts.get("pid")),
+        "relays": [*relays_of(facts)],
+        "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
+        "sent": int_or_zero(facts.get("sent")),
+        "next_turn": facts.get("next turn"),
+        "mails": {kind: kinds[kind] for kind in KINDS},
+        "oldest": oldest and {"path": oldest.path, "seconds": round(now - oldest.since)},
+        "errors": dict(grouped(collections.Counter(line.error for line in lines if line.error)).most_common()),
+    }
+    return {**summary, "attention": [*attention(summary, older)]}
+
+
+def attention(summary, older):
+    """Why somebody should look; nothing when all is well. Needs a summary's daemon, relays, mails and oldest."""
+    if summary["daemon"] != "running":
+        yield f"the daemon is {summary['daemon']}"
+    for relay in summary["relays"]:
+        if relay["state"] != "up":
+            yield f"relay {relay['address']} is down"
+    for kind in ("given up", "unusable"):
+        if count := summary["mails"][kind]:
+            yield f"{count} {kind}"
+    if summary["oldest"] and summary["oldest"]["seconds"] > older:
+        yield f"a mail waits for {ago(summary['oldest']['seconds'])}"
+
+
+def headlines(summary, now):
     """The lines above the table."""
-    kinds = collections.Counter(line.kind for line in lines)
-    errors = collections.Counter(line.error for line in lines if line.error)
-    yield daemon_line(owner, now)
-    yield "mails: " + ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS)
-    if lines:
-        oldest = min(lines, key=lambda line: line.since)
-        yield f"oldest: {ago(now - oldest.since)}, {oldest.path}"
-    for error, count in errors.most_common(5):
+    yield daemon_line(summary, now)
+    for relay in summary["relays"]:
+        if relay["state"] != "up":
+            again = ago(moment_of(relay["again"]) - now)
+            yield f"relay: {relay['address']} is {relay['state']}, tried again in {again}, {relay['reason']}"
+    if summary["daemon"] != "not running":
+        yield f"sent: {summary['sent_today']} today, {summary['sent']} since the start"
+    if summary["next_turn"]:
+        yield f"rate: the next turn is in {ago(moment_of(summary['next_turn']) - now)}"
+    yield "mails: " + ", ".join(f"{count} {kind}" for kind, count in summary["mails"].items())
+    if oldest := summary["oldest"]:
+        yield f"oldest: {ago(oldest['seconds'])}, {oldest['path']}"
+    for error, count in itertools.islice(summary["errors"].items(), 5):
         yield f"error: {count} x {error}"
+    if summary["attention"]:
+        yield f"attention: {', '.join(summary['attention'])}"
 
 
-def table(lines, now):
+def daemon_line(summary, now):
+    if summary["daemon"] == "not running":
+        return "daemon: not running"
+    hint = "; -flush ends it" if summary["daemon"] == "suspended" else ""
+    since = f", since {ago(now - moment_of(summary['since']))}" if summary["since"] else ""  # it is just starting
+    version = f", version {summary['version']}" if summary["version"] else ""
+    return f"daemon: {summary['daemon']}, pid {summary['pid'] or 'not known here'}{version}{since}{hint}"
+
+
+def held_by(summary):
+    """What a mail waits for whose time has come."""
+    relays = summary["relays"]
+    if relays and all(relay["state"] != "up" for relay in relays):
+        return "relay"
+    return "rate" if summary["next_turn"] else "now"
+
+
+def table(lines, now, held="now"):
     """Rows of text; the first is the heading."""
     yield ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
-    for due, kind, path, since, sender, recipient, attempts, error in lines:
-        wait = "-" if due == math.inf else ago(due - now) if due > now else "now"
+    for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
+        wait = "-" if due == math.inf else ago(due - now) if due > now else "now" if kind == "in flight" else held
         name = path.rpartition(os.sep)[2]
         sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
         yield (name, kind, ago(now - since), sender, recipient, str(attempts), wait, error)
@@ -3723,19 +3894,65 @@ def aligned(rows, width):
     return [one_line(form % row)[: width or None].rstrip() for row in rows]
 
 
+def text_report(lines, summary, now, width=0, height=math.inf):
+    """Lines of text, cut to a terminal's size if there is one."""
+    text = [one_line(line)[: width or None] for line in headlines(summary, now)]
+    if lines:
+        most = max(1, height - len(text) - 4)  # an empty line, the heading, what is left out, the prompt
+        shown = lines if len(lines) <= most else lines[: int(most)]
+        text += ["", *aligned(table(shown, now, held_by(summary)), width)]
+        text += [f"... and {len(lines) - len(shown)} more"] if len(shown) < len(lines) else []
+    return text
+
+
+def json_line(line):
+    """A mail as JSON. since, next: seconds since 1970, or null for never; entry: as in the status file, or null."""
+    due = "null" if line.due == math.inf else f"{line.due:.0f}"
+    mail = f'"path": {json.dumps(line.path)}, "state": "{line.kind}", "since": {line.since:.0f}, "next": {due}'
+    return f'{{{mail}, "entry": {line.entry}}}'
+
+
+def all_about(line, now):
+    """Lines of text about one mail and each of its recipients."""
+    envelope = json.loads(line.entry)
+    yield line.path
+    yield f"  {line.kind}, for {ago(now - line.since)}, from {line.sender or '<>'}{line.error and ', '}{line.error}"
+    for recipient in recipients(envelope) if envelope else ():
+        what, wait = state(recipient), next_attempt_of(recipient) - now
+        next_in = "" if what != WAITING else f", next in {ago(wait)}" if wait > 0 else ", due now"
+        attempts = f", attempts: {recipient['Attempts']}{next_in}" if what != DELIVERED else ""
+        yield f"  {recipient['Address']}: {what}{attempts}{recipient['Error'] and ', '}{recipient['Error']}"
+
+
 def report(options, stream, now):
     """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
-    spool = spool_of_others(options)
+    spool, in_json = spool_of_others(options), options.format == "json"
     gc.disable()  # many small objects, and none of them garbage
-    paths, owner = [*spool.mails(), *spool.list_failed()], spool.owner()
-    lines = lines_of(spool.at_home(read_status(spool.status_path, spool.owners)), paths, now, bool(owner))
-    width = shutil.get_terminal_size().columns if stream.isatty() else 0
-    text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
-    if lines:
-        text += ["", *aligned(table(lines, now), width)]
+    paths, facts = [*spool.mails(), *spool.list_failed()], spool.owner()
+    entries = spool.at_home(read_status(spool.status_path, spool.owners))
+    lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
+    if options.names:
+        return report_on(options.names, lines, stream, now, in_json)
+    summary, (width, height) = summary_of(lines, facts, now, options.older), shutil.get_terminal_size()
+    size = (width, height) if stream.isatty() else ()
+    text = [json.dumps(summary), *map(json_line, lines)] if in_json else text_report(lines, summary, now, *size)
     stream.write("\n".join(text) + "\n")
-    healthy = owner and not any(line.kind == "given up" for line in lines)
-    return EX_OK if healthy else EX_ERROR
+    return EX_UNAVAILABLE if not facts else EX_ERROR if summary["attention"] else EX_OK
+
+
+def report_on(names, lines, stream, now, in_json):
+    """Print all about the mails of these names; EX_ERROR if one of them is not there."""
+    found = {}
+    for line in lines:
+        found.setdefault(os.path.basename(line.path), []).append(line)
+    status = EX_OK
+    for name in map(os.path.basename, names):
+        if name not in found:
+            status = complain(f"{name} is not in the spool: it was sent, or removed, or never there")
+        for line in found.get(name, ()):
+            text = [json_line(line)] if in_json else map(one_line, all_about(line, now))
+            stream.write("\n".join(text) + "\n")
+    return status
 
 
 def spool_of_others(options):
@@ -3751,13 +3968,13 @@ def ask_to_flush(options, stream):
     spool = spool_of_others(options)
     if not (owner := spool.owner()):
         return complain(f"no daemon runs on {spool.directory}")
-    if owner[0] < 0:
+    if not (pid := int_or_zero(owner["pid"])):
         return complain(f"the daemon of {spool.directory} is not to be reached from here")
     try:
-        os.kill(owner[0], signal.SIGURG)
+        os.kill(pid, signal.SIGURG)
     except OSError as error:
-        return complain(f"pid {owner[0]} cannot be asked, {describe(error)}")
-    stream.write(f"pid {owner[0]} was asked to send everything now\n")
+        return complain(f"pid {pid} cannot be asked, {describe(error)}")
+    stream.write(f"pid {pid} was asked to send everything now\n")
     return EX_OK
 
 
@@ -3905,13 +4122,18 @@ class Delivery:
         except NotAMail as error:
             return self.stick(str(error))
         except PermissionError as error:
+            if msvcrt:  # another program has it open, and may end that without a change
+                return self.cannot_reach(error)
             return self.stick(self.shown(f"unable to read mail file, {error.strerror}"))
         if refused is not False and is_being_written(refused, status, spooler.clock(), mail.whole):
             return self.rest(spooler.clock() + QUIET_SECONDS)
         if refused:
             log(f"{self.path} is sent, though somebody has it open for writing: it was left alone for a minute")
-        self.size, self.names = status.st_size, status.st_nlink
-        return self.is_its_own(identity(status))
+        self.size, self.names, known = status.st_size, status.st_nlink, identity(status)
+        if not self.is_its_own(known):
+            return False
+        self.mail.print = hash(known)
+        return True
 
     def is_its_own(self, known):
         """False when the file is another mail's, which has one more name, or a new one."""
@@ -4113,7 +4335,8 @@ class Delivery:
         if verdict is Verdict.DELIVERED:
             move(recipient, DELIVERED)
             mail.news = self.spooler.queue.epoch
-            log(f"{self.path} successfully sent to {recipient['Address']}")
+            self.spooler.tally["sent"] += 1
+            log(f"{self.path} successfully sent to {recipient['Address']}{text and ': '}{text}")
         elif verdict is Verdict.AGAIN:
             move(recipient, WAITING, text)
         elif recipient["Attempts"] + 1 >= options.attempts:
@@ -4122,11 +4345,13 @@ class Delivery:
             self.give_up(recipient, text, "permanent SMTP error")
         else:
             deferred(recipient, text, self.spooler.clock())
+            self.spooler.tally["deferred"] += 1
             say_error(self.path, recipient)
         return verdict is Verdict.AGAIN
 
     def give_up(self, recipient, text, reason="max SMTP attempts reached"):
         gave_up(recipient, text)
+        self.spooler.tally["given up"] += 1
         self.mail.news = self.spooler.queue.epoch
         say_error(self.path, recipient)
         log(f"{self.path} {reason} for {recipient['Address']} ... giving up")
@@ -4219,6 +4444,8 @@ class Delivery:
             return True
         if self.is_touched():
             return True
+        if self.spooler.is_held(mail):
+            return False
         is_somewhere = self.file.closed or os.fstat(self.file.fileno()).st_nlink
         (queue.lose if is_somewhere else queue.drop)(mail)
         return False
@@ -4278,6 +4505,9 @@ class Spooler:
         self.offset = clock() - time.monotonic()
         self.once_until = clock() + 5 * QUIET_SECONDS  # -once waits for files that are being written, but not for ever
         self.sent = 0
+        self.tally = {"sent": 0, "deferred": 0, "given up": 0}  # recipients, since the start
+        self.started, self.today, self.sent_before = format_time(clock()), time.strftime("%Y-%m-%d"), 0
+        self.published, self.next_facts = None, 0.0
         self.suspended = self.stopping = False
         self.exit_status = EX_OK
 
@@ -4380,6 +4610,8 @@ class Spooler:
         """How long nothing needs doing; None: until something happens."""
         now = self.clock()
         pauses = [self.manager.next_sign - time.monotonic(), *([] if self.suspended else self.pauses(now))]
+        if self.next_facts:
+            pauses.append(self.next_facts - time.monotonic())
         return None if min(pauses) == math.inf else max(0.0, min(pauses))
 
     def pauses(self, now):
@@ -4400,6 +4632,28 @@ class Spooler:
         if text := self.progress.line(self.clock(), counts[IN_LINE], counts[FLYING], self.sent, turn):
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
+        if time.monotonic() >= self.next_facts:
+            self.publish()
+
+    def facts(self):
+        """What nobody knows but the running daemon: a dict of texts; moments are RFC 3339."""
+        today, sent = time.strftime("%Y-%m-%d"), self.tally["sent"]
+        if today != self.today:
+            self.today, self.sent_before = today, sent
+        facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
+        facts.update((f"relay {relay.name}", relay.fact()) for relay in self.relay.relays)
+        facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
+        if turn := self.turn():
+            facts["next turn"] = format_time(self.turnstile.clock() + turn)
+        return facts
+
+    def publish(self):
+        """Let -status know the facts, if they have changed; then not for a while."""
+        facts, before = self.facts(), self.published
+        self.next_facts = time.monotonic() + FACTS_SECONDS if facts != before else 0.0
+        if facts != before:
+            self.published = facts
+            self.spool.publish(facts)
 
     def condition(self):
         """One line for the service manager."""
@@ -4449,13 +4703,11 @@ class Spooler:
     def suspend(self, save=True):
         self.suspended = True
         self.status.freeze(save)
-        self.spool.mark(suspended=True)
         self.manager.tell("STATUS=suspended")
         log("Spoolgore is suspended, send SIGHUP or SIGURG to unpause it")
 
     def resume(self):
         self.suspended = False
-        self.spool.mark(suspended=False)
         self.status.thaw()
         self.next_scan = 0.0
         self.relay.poke()
@@ -4485,9 +4737,10 @@ class Spooler:
         log(f"spool directory flushed ({self.queued()} messages in the queue)")
         self.resume()
 
-    def relay_is_up(self):
-        """What waited for the relay goes at once."""
-        self.queue.release_held()
+    def relay_has_news(self):
+        """What waited for the relay goes at once if it is up."""
+        if not self.relay.down:
+            self.queue.release_held()
         self.wake.set()
 
     # -- what is there
@@ -4518,6 +4771,7 @@ class Spooler:
             self.appeared(self.spool.path(name), whole=True)
         elif mask & Watch.CLOSE_WRITE:
             self.appeared(self.spool.path(name), whole=True, pause=GRACE_SECONDS)
+            self.retry_if_touched(self.spool.path(name))
         elif self.spool.named([name]):
             whole = whole_at_birth(self.spool.path(name))
             self.appeared(self.spool.path(name), whole, 0 if whole else UNCLOSED_SECONDS)
@@ -4526,6 +4780,8 @@ class Spooler:
         """There may be a file of this name. whole: nobody writes it any more; pause: seconds until it may be opened."""
         queue = self.queue
         if not self.spool.named([os.path.basename(path)]):
+            return
+        if (mail := queue.mails.get(path)) and mail.state == ASIDE and self.has_kept(mail):
             return
         mail = queue.mails.get(path)
         if mail and mail.state == STUCK and not has_changed(mail):
@@ -4562,6 +4818,12 @@ class Spooler:
     def take_stock(self, paths):
         """Line up what is new or changed, oldest first; forget what is gone. Raises OSError."""
         queue, present = self.queue, set(paths)
+        if queue.counts[ASIDE]:
+            for mail in [mail for mail in queue.mails.values() if mail.state == ASIDE and mail.path in present]:
+                self.has_kept(mail)
+        if not (watch := self.keepers.get("watch")) or watch.dead:
+            for path in present & queue.mails.keys():
+                self.retry_if_touched(path, unless=(0,))
         for path in sorted([path for path in paths if path not in queue.mails], key=age_key):
             queue.line_up(queue.add(path), queue.fresh)
         stuck = [mail for mail in queue.mails.values() if mail.state == STUCK] if queue.counts[STUCK] else ()
@@ -4581,6 +4843,7 @@ class Spooler:
         status file counts; else only the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
+        self.published = None
         if watch := self.keepers.pop("watch", None):
             watch.kill()
         if same:
@@ -4600,7 +4863,7 @@ class Spooler:
 
     def gone(self, mail):
         """The file is not there: somebody removed it, or it was put aside just before a crash. Raises OSError."""
-        if self.spool.look(mail.path) or self.was_put_aside(mail) or self.is_back(mail):
+        if self.spool.look(mail.path) or self.was_put_aside(mail) or self.is_back(mail) or self.is_held(mail):
             return
         self.said.pop(f"{mail.path} recipients", None)
         self.queue.lose(mail)
@@ -4624,6 +4887,45 @@ class Spooler:
         path = self.spool.path(os.path.basename(aside.path))
         back = self.queue.mails.get(path)
         return aside.state == ASIDE and (not has_recipients(back.envelope()) if back else bool(look(path)))
+
+    def is_held(self, mail):
+        """Whether a user has put a dot before its file's name: its entry waits for it, ASIDE. Raises OSError."""
+        parent, name = os.path.split(mail.path)
+        if parent != self.spool.directory or mail.entry is None or not (status := look(hidden(mail.path, ""))):
+            return False
+        known, was_there = identity(status), status.st_mtime < parse_time(self.started)  # else it may be a new mail's
+        if mail.state == ASIDE:
+            return mail.seen == known[:2]
+        if not (hash(known) == mail.print if mail.print else was_there):
+            return False
+        self.queue.become(mail, ASIDE)
+        mail.seen = known[:2]
+        self.status.wanted.set()
+        return True
+
+    def has_kept(self, mail):
+        """A file has the name of a mail that was held. True if it is that mail's, which goes on where it was."""
+        with contextlib.suppress(OSError):  # the next scan will see
+            if (status := look(mail.path)) and mail.seen == identity(status)[:2]:
+                mail.print = hash(identity(status))
+                self.queue.rest(mail, due_at(mail))
+                self.wake.set()
+            elif status:
+                self.queue.lose(mail)
+        return mail.state != LEFT
+
+    def retry_if_touched(self, path, unless=()):
+        """If a mail's file is not as it was, its user wants it to be tried now. unless: what it was, to leave it."""
+        mail = self.queue.mails.get(path)
+        if not mail or mail.entry is None or mail.state not in (RESTING, HELD):
+            return
+        with contextlib.suppress(OSError):
+            before, mail.print = mail.print, hash(identity(os.lstat(path)))
+            if before not in (mail.print, *unless):
+                mail.forced = True
+                self.queue.line_up(mail, self.queue.fresh)
+                self.relay.poke()
+                self.wake.set()
 
     # -- complaints, each once
 
@@ -4709,10 +5011,12 @@ def set_up_signals(spooler):
     for name, what in asks.items():
         if hasattr(signal, name):
             gevent.signal_handler(getattr(signal, name), spooler.ask, what)
-    if hasattr(signal, "SIGIO"):  # a writer that comes while a lease is held, which lasts microseconds
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
-    for name in ("SIGTERM", "SIGINT"):
-        gevent.signal_handler(getattr(signal, name), spooler.ask_to_stop)
+    for name in ("SIGIO", "SIGUSR1", "SIGUSR2"):  # a writer that comes during a lease; scripts that rotate logs
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):  # Windows has the last one, for services too
+        if hasattr(signal, name):
+            gevent.signal_handler(getattr(signal, name), spooler.ask_to_stop)
 
 
 def check_status_path(path):
@@ -4730,12 +5034,14 @@ def serve(options):
     status = Status(queue, spool)
     turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
     spooler = Spooler(options, spool, queue, status, turnstile)
-    spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_is_up)
+    spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
     set_up_signals(spooler)
     gevent.get_hub().print_exception = spooler.lost_by_gevent
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
+    log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
+    spooler.publish()
     try:
         status.load()
     except CorruptStatus as error:
@@ -4758,6 +5064,7 @@ def show_progress(spooler):
 
 def main(argv):
     """Returns the exit status."""
+    warnings.filterwarnings("ignore", "libuv only supports millisecond timer")  # gevent's on Windows: enough for us
     gevent.config.track_greenlet_tree = False  # nobody asks who started a greenlet
     set_up_streams()
     log.stream = sys.stderr
