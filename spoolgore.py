@@ -11,6 +11,7 @@ recipient has it.
 
 Usage:
   spoolgore.py [options] DIRECTORY
+  spoolgore.py -check [options] [DIRECTORY]
 
 Relay options:
   -smtpaddr ADDR         address of the smtp address to use in the addr:port
@@ -57,8 +58,18 @@ Queue options:
 Status options:
   -json PATH             path of the json status file; .spoolgore.js in the
                          spool directory if empty
+  -http ADDR             show a page at this addr:port or unix:PATH; /metrics
+                         is for Prometheus, /health for monitors
+  -failcommand COMMAND   run this shell command for each mail that was given
+                         up, with its entry as JSON on standard input
   -status                print how the spool is doing and exit: 0, or 1 when no
                          daemon runs or a mail was given up
+
+  -check                 talk to each relay, and print what it is like: the
+                         address that answers, its certificate, what it offers,
+                         the login; exit 0, or 1 when something is wrong
+  -checkto ADDRESS       with -check, also ask whether it takes a mail from and
+                         to this address; none is sent
 
 Other options:
   -h, -help              print this text
@@ -173,6 +184,9 @@ GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, it
 CLOCK_STEP_SECONDS = 5  # a clock that jumps back by more was set
 SAY_AGAIN_SECONDS = 3600  # what goes on for so long is said again
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
+FAIL_SECONDS = 60  # -failcommand's for one mail
+FAIL_LINE = 1000  # so many mails wait for it at most
+HTTP_PORT = 8025
 EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
 
 
@@ -259,6 +273,10 @@ class Options(NamedTuple):
     once: bool
     json: str
     status: bool
+    check: bool
+    checkto: str
+    http: str  # unix:PATH, or an Address
+    failcommand: str
 
 
 class Address(NamedTuple):
@@ -343,23 +361,32 @@ def check_choice(name, value, choices):
 
 def parse_addresses_of_relays(text, default_port):
     """Addresses in order of preference from comma-separated text; none for "-"."""
-    return [] if text == "-" else [parse_relay(part.strip(), default_port) for part in text.split(",")]
+    return [] if text == "-" else [parse_address("smtpaddr", part.strip(), default_port) for part in text.split(",")]
 
 
-def parse_relay(text, default_port):
+def parse_listener(text):
+    """``unix:PATH`` as it is, or an Address; empty for none."""
+    if not text.startswith("unix:"):
+        return parse_address("http", text, HTTP_PORT) if text else ""
+    if not (text[5:] and hasattr(socket, "AF_UNIX")):
+        raise bad_value("http", text, "no path" if hasattr(socket, "AF_UNIX") else "this system has no such sockets")
+    return text
+
+
+def parse_address(flag, text, default_port):
     """An Address from ``host:port``, ``host``, ``:port`` or ``[IPv6]:port``."""
-    if text == "-":
-        raise bad_value("smtpaddr", text, '"-" stands alone')
+    if text == "-" and flag == "smtpaddr":
+        raise bad_value(flag, text, '"-" stands alone')
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/,]*))(?::(\d{1,5}))?", text)
     if not match or not text:
-        raise bad_value("smtpaddr", text, "not an address like host:port")
+        raise bad_value(flag, text, "not an address like host:port")
     port = int(match[3] or default_port)
     if not 0 < port < 65536:
-        raise bad_value("smtpaddr", text, "the port is not between 1 and 65535")
+        raise bad_value(flag, text, "the port is not between 1 and 65535")
     try:
         (match[2] or "").encode("idna")
     except UnicodeError:
-        raise bad_value("smtpaddr", text, "not a host name") from None
+        raise bad_value(flag, text, "not a host name") from None
     return Address(match[1] or match[2] or "localhost", port)
 
 
@@ -389,7 +416,7 @@ def parse_options(argv, doc=None):
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
     found = docopt.docopt(docopt_text(doc), words, False)
     options = typed({name.lstrip("-"): "" if value is None else value for name, value in found.items()})
-    if not options.directory:
+    if not (options.directory or options.check):
         raise SystemExit(complain("please specify a spool directory"))
     return options
 
@@ -399,9 +426,10 @@ def typed(found):
     least = {"concurrency": 1, "timeout": 1, "freq": 0, "attempts": 0}
     numbers = {name: whole_number(name, found[name], low) for name, low in least.items()}
     check_words(found)
-    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status")}
+    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status", "check")}
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
+    parsed["http"] = parse_listener(found["http"])
     values = {**found, **switches, **numbers, **parsed}
     return Options(**{name: values[name] for name in Options._fields})
 
@@ -419,6 +447,26 @@ def check_words(found):
             raise bad_value(name, found[name], "not a host name")
     if found["tlsname"] and found["tls"] == "off":
         raise bad_value("tlsname", found["tlsname"], "there is no TLS with -tls off")
+    check_check(found)
+
+
+def check_check(found):
+    if found["check"] and found["smtpaddr"] == "-":
+        raise bad_value("smtpaddr", "-", "there is no relay for -check")
+    if found["checkto"]:
+        reason = checkto_problem(found["checkto"]) if found["check"] else "it needs -check"
+        if reason:
+            raise bad_value("checkto", found["checkto"], reason)
+
+
+def checkto_problem(address):
+    """Why nobody can be asked about that address; empty when somebody can."""
+    if "@" not in address or address_problem(address):
+        return address_problem(address) or "an address without a domain"
+    try:
+        return wire_address(address) and ""
+    except ValueError as error:
+        return f"an impossible domain: {error}"
 
 
 def check_user(found, name, *users):
@@ -2200,17 +2248,27 @@ class Connection:
 # -- opening a connection
 
 
-def dial(address, timeout, security):
-    """A Connection that is greeted, encrypted and logged in. Raises OSError, as most errors here are."""
+def dial(address, timeout, security, witness=None):
+    """A Connection that is greeted, encrypted and logged in. Raises OSError, as most errors here are.
+
+    witness: told, for -check, what each step found.
+    """
     connection = Connection(connect(address, timeout), address, timeout)
     try:
+        if witness:
+            witness("connected to {}:{}".format(*connection.sock.getpeername()))
         if security.implicit_tls(address):
             security.encrypt(connection)
         opening = Opening(connection, security.helo)
         opening.greet()
         if security.wants_starttls(opening):
             opening.starttls(security)
+        if witness:
+            witness(encryption(connection))
+            witness(opening.offered())
         security.login(opening)
+        if witness:
+            witness(f"logged in as {security.user}" if security.user else "no login: there is no -smtpuser")
         connection.offers = opening.offers()
     except BaseException:
         connection.close()
@@ -2285,6 +2343,22 @@ class Opening(smtplib.SMTP):
         body = " BODY=8BITMIME" if self.has_extn("8bitmime") else ""
         names = (self.has_extn(name) for name in ("pipelining", "chunking", "smtputf8"))
         return Offers(*names, int_or_zero(self.esmtp_features.get("size")), f"{size}{body}")
+
+    def offered(self):
+        """All that the relay offers, for people."""
+        lines = [" ".join([name.upper(), *value.split()]) for name, value in self.esmtp_features.items()]
+        return f"offers {', '.join(lines) or 'nothing'}"
+
+
+def encryption(connection):
+    """How a connection is encrypted, and the name and expiry of the certificate that was verified, for people."""
+    if not connection.encrypted:
+        return "not encrypted"
+    certificate = connection.sock.getpeercert()
+    subject = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    names = dict.fromkeys([value for _, value in certificate.get("subjectAltName", ())] or subject)
+    left, end = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time(), certificate["notAfter"]
+    return f"{connection.sock.version()}, certificate of {', '.join(names)} until {end} (in {ago(left)})"
 
 
 def expect(reply):
@@ -2956,6 +3030,41 @@ class Relays:
             relay.close()
 
 
+def check(options, environ, say):
+    """Talk to each relay, and say what it offers and what is wrong. Returns the exit status. Raises UsageError."""
+    security, status = Security(options, environ), EX_OK
+    for address in options.smtpaddr:
+        try:
+            witness = functools.partial(said_of, say, address)
+            connection = dial(address, options.timeout, security, witness)
+            status = max(status, ask_for_leave(connection, options.checkto, witness) if options.checkto else EX_OK)
+            connection.quit_politely()
+        except (OSError, UnicodeError) as error:
+            login = "login refused: " if isinstance(error, LoginRefused) else ""
+            witness(f"FAILED: {login}{describe(error)}")
+            status = EX_ERROR
+    return status
+
+
+def said_of(say, address, text):
+    say(one_line(f"{address}: {text}"))
+
+
+def ask_for_leave(connection, address, witness):
+    """MAIL and RCPT, then RSET. Returns the exit status. Raises OSError."""
+    wire = wire_address(address)
+    utf8 = " SMTPUTF8" if not wire.isascii() and connection.offers.smtputf8 else ""
+    for command in (f"MAIL FROM:<{wire}>{utf8}", f"RCPT TO:<{wire}>"):
+        connection.send(f"{command}\r\n".encode())
+        reply = connection.reply()
+        witness(f"{'' if reply.ok else 'FAILED: '}{command}: {reply}")
+        if not reply.ok:
+            break
+    connection.send(b"RSET\r\n")
+    connection.reply()
+    return EX_OK if reply.ok else EX_ERROR
+
+
 class Printer(Relays):
     """No relay, but a binary stream: every mail's envelope and content are printed."""
 
@@ -3359,6 +3468,74 @@ class ServiceManager:
             sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
 
 
+class FailCommand:
+    """Runs -failcommand for the mails that were given up, one at a time."""
+
+    def __init__(self, spooler, environ):
+        self.spooler, self.command = spooler, spooler.options.failcommand
+        secret = re.compile("SPOOLGORE_|WATCHDOG_|NOTIFY_SOCKET$")
+        self.environ = {name: value for name, value in environ.items() if not secret.match(name)}
+        self.line = deque()  # (mail, its entry as JSON); the first is run for
+        self.arrived, self.idle = gevent.event.Event(), gevent.event.Event()
+        self.idle.set()
+
+    def add(self, mail):
+        """This mail lies in .failed now."""
+        if not self.command:
+            return
+        if len(self.line) >= FAIL_LINE:
+            return log(f"{mail.path} -failcommand is not run for it: {FAIL_LINE} mails wait for that already")
+        self.line.append((mail, f"{json.dumps({'File': mail.path, **mail.envelope()})}\n".encode()))
+        self.idle.clear()
+        self.arrived.set()
+
+    def keep_running(self):
+        """Serve the line, for ever."""
+        while True:
+            self.arrived.wait()
+            while self.line:
+                while not self.spooler.status.commit(self.line[0][0]):
+                    gevent.sleep(QUIET_SECONDS)  # suspended, or the status cannot be written
+                self.run(self.line[0][1])
+                self.line.popleft()
+            self.arrived.clear()
+            self.idle.set()
+            self.spooler.wake.set()
+
+    def run(self, entry):
+        """Trouble is said once."""
+        try:
+            status = self._result(entry)
+            trouble = f"it failed with exit status {status}" if status else ""
+        except OSError as error:
+            trouble = describe(error)
+        if trouble:
+            self.spooler.say("failcommand", f"-failcommand: {trouble}")
+        else:
+            self.spooler.said.pop("failcommand", None)
+
+    def _result(self, entry):
+        """The exit status; what it started and left behind is ended in any case."""
+        process = subprocess.Popen(
+            self.command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=self.environ,
+            start_new_session=True
+        )  # fmt: skip
+        try:
+            with limited(FAIL_SECONDS, f"it took longer than {FAIL_SECONDS} s"):
+                process.communicate(entry)
+                return process.wait()
+        finally:
+            kill_all(process)
+
+    def stop(self, seconds):
+        """What waits may still be run for; the rest is said."""
+        if self.line:
+            self.spooler.keep("failcommand", self.keep_running)
+        self.idle.wait(seconds)
+        for mail, _ in self.line:
+            log(f"{mail.path} -failcommand was not run for it to the end: the daemon stops")
+
+
 # ---------------------------------------------------------------- delivery
 #
 # One mail's journey in its greenlet: open, read, transact, settle. What holds:
@@ -3726,6 +3903,7 @@ class Delivery:
             off_the_hub(spool.sync)
         except OSError as error:
             self.spooler.say("sync", f"unable to sync {spool.failed}, {error.strerror}")
+        self.spooler.fail_command.add(mail)
 
     def find(self):
         """The file is not what was opened: True if it is, but under a new name, or with another time."""
@@ -3782,6 +3960,7 @@ class Spooler:
         self.options, self.spool, self.queue, self.status = options, spool, queue, status
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
+        self.fail_command = FailCommand(self, os.environ)
         self.manager = ServiceManager({})
         self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
@@ -3826,6 +4005,8 @@ class Spooler:
             getattr(self, self.wanted.pop(0))()
         if not (self.suspended or self.stopping):
             self.keep("status", self.status.keep_saving)
+            if self.fail_command.line:
+                self.keep("failcommand", self.fail_command.keep_running)
             if self.clock() >= self.next_scan:
                 self.scan()
             self.queue.release(self.clock())
@@ -3889,7 +4070,8 @@ class Spooler:
         if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
         near = self.queue.counts[IN_LINE] and self.turn() < NEAR_SECONDS
-        return not (self.queue.counts[FLYING] or near or self.queue.next_due() < self.once_until)
+        busy = self.queue.counts[FLYING] or self.fail_command.line
+        return not (busy or near or self.queue.next_due() < self.once_until)
 
     def turn(self):
         """Seconds until -rate lets the next in line go; 0 also when that depends on what is in flight."""
@@ -3966,6 +4148,7 @@ class Spooler:
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
+        self.fail_command.stop(STOP_SECONDS)
         gevent.killall(list(self.keepers.values()))
         log(f"stopped ({self.queued()} messages in the queue)")
 
@@ -4159,6 +4342,7 @@ class Spooler:
             self.queue.rename(mail, aside)
             self.queue.become(mail, ASIDE)
             self.status.wanted.set()
+            self.fail_command.add(mail)  # it cannot have been run yet
         return bool(aside)
 
     def is_back(self, aside):
@@ -4303,6 +4487,8 @@ def main(argv):
         options = parse_options(argv)
         if options.json:
             check_status_path(os.path.abspath(options.json))
+        if options.check:
+            return check(options, os.environ, print)
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
         again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away

@@ -578,11 +578,25 @@ FLAG_VALUES = [  # flag, its text, the option that it gives
     ("freq", "0", 0),
     ("attempts", "05", 5),
     ("json", "a=b.js", "a=b.js"),
+    ("http", "[::1]:8025", ("::1", 8025)),
+    ("failcommand", "mail -s '-x=y' root", "mail -s '-x=y' root"),
 ]
 
 
 def options_of(*argv):
     return spoolgore.parse_options(list(argv))
+
+
+def test_check_needs_no_directory_but_a_relay():
+    assert options_of("-check") == options_of("spool")._replace(directory="", check=True)
+    for words, reason in {
+        ("-smtpaddr", "-"): "for flag -smtpaddr: there is no relay",
+        ("-checkto", "a b@x.org"): "bad local part",
+        ("-checkto", "root"): "without a domain",
+        ("-checkto", f"a@{'x' * 64}ß.org"): "for flag -checkto: ",
+    }.items():
+        with pytest.raises(spoolgore.UsageError, match=reason):
+            options_of("-check", *words)
 
 
 def spellings(flag, value):
@@ -613,6 +627,10 @@ def test_defaults():
         once=False,
         json="",
         status=False,
+        check=False,
+        checkto="",
+        http="",
+        failcommand="",
     )
 
 
@@ -625,7 +643,7 @@ def test_every_flag_in_four_spellings_before_and_behind_the_directory(flag, text
         assert options_of(*users, "spool", *words) == expected
 
 
-@pytest.mark.parametrize("flag", ["fail5xx", "once", "status"])
+@pytest.mark.parametrize("flag", ["fail5xx", "once", "status", "check"])
 def test_switches_take_no_value_but_true(flag):
     expected = options_of("spool")._replace(**{flag: True})
     for word in (f"-{flag}", f"--{flag}", f"-{flag}=true", f"--{flag}=1"):
@@ -638,8 +656,10 @@ def test_switches_take_no_value_but_true(flag):
 def test_each_flag_of_the_usage_text_is_an_option():
     flags = spoolgore.flags(spoolgore.__doc__)
     assert {*flags, "directory"} == {*spoolgore.Options._fields, "help", "version"}
-    assert {name for name, value in flags.items() if not value} == {"fail5xx", "once", "status", "help", "version"}
-    assert {flag for flag, _, _ in FLAG_VALUES} == {name for name, value in flags.items() if value} - {"smtpauth"}
+    switches = {"fail5xx", "once", "status", "check", "help", "version"}
+    assert {name for name, value in flags.items() if not value} == switches
+    others = {"smtpauth", "checkto"}  # each needs another flag
+    assert {flag for flag, _, _ in FLAG_VALUES} == {name for name, value in flags.items() if value} - others
 
 
 @pytest.mark.parametrize(
@@ -659,6 +679,9 @@ def test_each_flag_of_the_usage_text_is_an_option():
         (["-smtpaddr", "[fe80::1%eth0]"], {"smtpaddr": [("fe80::1%eth0", 25)]}),
         (["-smtpaddr", "a:1, b:2 ,c"], {"smtpaddr": [("a", 1), ("b", 2), ("c", 25)]}),
         (["-rate", "1/s"], {"rate": [(1, 1)]}),
+        (["-checkto", "é@x.org", "-check"], {"check": True, "checkto": "é@x.org"}),
+        (["-http", "unix:/run/a b"], {"http": "unix:/run/a b"}),
+        (["-http", "localhost"], {"http": ("localhost", 8025)}),
         (["-rate", "60/m,3600/h,1000000/d"], {"rate": [(60, 60), (3600, 3600), (1000000, 86400)]}),
     ],
 )
@@ -684,6 +707,8 @@ BAD_VALUES = {
         *["", ",", "a:1,", "a:0", "a:65536", "a:x", "a:", "a:1:2", "::1", "[::1", "[::1]x", "a b:25", "[a b]:1", "x/y"],
         *["a..b:25", ".a", "x" * 64 + ".org", "-,a:25", "a:25, -"],
     ],
+    "http": ["unix:", "::1", "1:0", "a b", "a:1,b:2", "http://a:1", "1:99999"],
+    "checkto": ["root", "a@x.org"],  # the last one without -check
 }
 
 
@@ -4622,6 +4647,99 @@ def test_a_mail_that_is_removed_while_it_waits_is_forgotten(spool, relay, start)
     assert relay.wait_for(1)[0].recipients == ["a@x.org", "b@x.org"]
 
 
+def that_takes_nobody(scripted):
+    """A relay that takes nobody."""
+    relay = scripted()
+    relay.replies = {"RCPT": b"550 5.1.1 no such user\r\n"}
+    return relay
+
+
+def test_the_fail_command_gets_the_entry_when_all_is_on_the_disk_and_no_secrets(spool, scripted, run, tmp_path):
+    """One at a time: if two ran at once one of them could not make the directory."""
+    out = tmp_path / "out"
+    out.mkdir()
+    command = f"cd '{out}' && mkdir busy && n=$(ls | wc -l) && cat > entry$n && cp '{spool}/.spoolgore.js' status$n"
+    command += f" && ls '{spool}/.failed' > failed$n && env > env$n && sleep 0.02 && rmdir busy"
+    secrets = {"SPOOLGORE_SMTPPASSWORD": "s3cret", "WATCHDOG_USEC": "9000000", "NOTIFY_SOCKET": "@nobody"}
+    for number in range(4):
+        put(spool, f"m{number}", mail(f"u{number}@x.org", Subject="$(touch 'x')"))
+    flags = ["-once", "-fail5xx", "-smtpaddr", that_takes_nobody(scripted).address, "-failcommand", command]
+    daemon = run(*flags, env={**secrets, "KEPT": "yes"})
+    assert daemon.status_code == 0 and not [line for line in daemon.lines if "-failcommand" in line]
+    entries = [json.loads(path.read_text()) for path in out.glob("entry*")]
+    assert sorted(entry["File"] for entry in entries) == [f"{spool}/.failed/m{number}" for number in range(4)]
+    for path in out.glob("entry*"):
+        entry, number = json.loads(path.read_text()), path.name[5:]
+        assert path.read_text().count("\n") == 1 and entry["To"][0]["Error"] == "550 5.1.1 no such user"
+        known = json.loads((out / f"status{number}").read_text())
+        assert known[entry.pop("File")] == entry
+        assert os.path.basename(entry["To"][0]["Address"][1]) in (out / f"failed{number}").read_text()
+        environ = (out / f"env{number}").read_text()
+        assert "KEPT=yes" in environ and not re.search("SPOOLGORE_|WATCHDOG_|NOTIFY_|s3cret", environ)
+        assert "x.org" not in environ
+
+
+def test_what_goes_wrong_with_the_fail_command_is_said_once(spool, scripted, run):
+    for number in range(3):
+        put(spool, f"m{number}", mail())
+    daemon = run("-once", "-fail5xx", "-smtpaddr", that_takes_nobody(scripted).address, "-failcommand", "exit 3")
+    assert daemon.status_code == 0 and given_up(spool) == ["m0", "m1", "m2"]
+    assert [line for line in daemon.lines if "-failcommand" in line] == ["-failcommand: it failed with exit status 3"]
+
+
+def put_aside(spooler, name, count=1):
+    """A mail that was given up, as its delivery leaves it."""
+    path = f"{spooler.spool.failed}/{name}"
+    aside = spooler.queue.add(path, spoolgore.pack(path, envelope_to(*[in_state("given up")] * count)))
+    spooler.queue.become(aside, spoolgore.ASIDE)
+    return aside
+
+
+def test_a_fail_command_that_takes_too_long_is_killed_with_all_that_it_started(
+    spool, status, tmp_path, monkeypatch, logged
+):
+    """A mail of many recipients is more than a pipe holds, and these commands do not read it."""
+    monkeypatch.setattr(spoolgore, "FAIL_SECONDS", 1)
+    pids = tmp_path / "pids"
+    slow = f"sleep 600 & echo $! > '{pids}.new'; echo $$ >> '{pids}.new'; mv '{pids}.new' '{pids}'; sleep 600"
+    spooler = spooler_of(spool, status, "-failcommand", slow)
+    commands, aside = spooler.fail_command, put_aside(spooler, "m1", 2000)
+    commands.add(aside)
+    commands.stop(PATIENCE)
+    started = pids.read_text().split()
+    assert len(started) == 2 and logged() == ["-failcommand: it took longer than 1 s"]
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in started), "what it started is still there")
+    pids.unlink()
+    commands.command = f"sleep 600 & echo $! > '{pids}'"
+    commands.add(aside)
+    commands.stop(PATIENCE)
+    wait_until(lambda: not is_alive(int(pids.read_text())), "what it left behind is still there")
+    assert len(logged()) == 1 and not commands.line
+    gevent.killall(list(spooler.keepers.values()))
+
+
+def is_alive(pid):
+    """Whether it runs: nobody may be there to bury it."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    return False
+
+
+def test_a_thousand_mails_wait_for_the_fail_command_and_no_more(spool, status, logged, monkeypatch):
+    monkeypatch.setattr(spoolgore, "FAIL_LINE", 3)
+    spooler = spooler_of(spool, status, "-failcommand", "true")
+    status.freeze(save=False)  # so that none of them is on the disk
+    for number in range(5):
+        spooler.fail_command.add(put_aside(spooler, f"m{number}"))
+        status.queue.mails[f"{spool}/.failed/m{number}"].news = 1
+    paths, rest = [f"{spool}/.failed/m{number}" for number in range(5)], "-failcommand is not run for it"
+    assert logged() == [f"{path} {rest}: 3 mails wait for that already" for path in paths[3:]]
+    spooler.fail_command.stop(0.01)
+    late = "-failcommand was not run for it to the end: the daemon stops"
+    assert logged()[2:] == [f"{path} {late}" for path in paths[:3]]
+    gevent.killall(list(spooler.keepers.values()))
+
+
 # ----------------------------------------- signals, -once, the printer, the log
 
 
@@ -6701,6 +6819,80 @@ def dial(address, *flags, environ=()):
     return spoolgore.dial(options.smtpaddr[0], options.timeout, security)
 
 
+def checked(*flags, environ=()):
+    """The exit status of -check, and its lines."""
+    lines = []
+    return spoolgore.check(options_of("-check", "-helo", "app.example.org", *flags), dict(environ), lines.append), lines
+
+
+def test_check_says_what_each_relay_is_like_and_sends_nothing(relay_with, certificates):
+    good, port = relay_with(tls_context=certificates.server()), free_port()
+    flags = ["-tls", "starttls", "-tlsca", certificates.ca, "-smtpaddr", f"{good.address},127.0.0.1:{port}"]
+    status, lines = checked(*map(str, flags), "-checkto", "straße@x.org")
+    assert status == 1
+    assert lines[0] == f"{good.address}: connected to {good.address}"
+    name = r"TLSv1\.[23], certificate of localhost, 127\.0\.0\.1, 0:0:0:0:0:0:0:1 until \w+ .* GMT \(in \d+[dh]\)"
+    assert re.fullmatch(f"{good.address}: {name}", lines[1])
+    assert lines[2].startswith(f"{good.address}: offers SIZE ") and "8BITMIME" in lines[2]
+    assert lines[3] == f"{good.address}: no login: there is no -smtpuser"
+    assert lines[4] == f"{good.address}: MAIL FROM:<straße@x.org> SMTPUTF8: 250 OK"
+    assert lines[5] == f"{good.address}: RCPT TO:<straße@x.org>: 250 2.1.5 fine"
+    assert lines[6:] == [f"127.0.0.1:{port}: FAILED: Connection refused"] and good.mails == []
+
+
+@pytest.mark.parametrize("kind", ["STARTTLS", "smtps"])
+def test_check_says_what_is_wrong_with_a_certificate(relay_with, certificates, kind):
+    for reason, path in certificates.bad.items():
+        relay = relay_with(**{"ssl_context" if kind == "smtps" else "tls_context": certificates.server(path)})
+        mode = "smtps" if kind == "smtps" else "starttls"
+        address = f"localhost:{relay.port}"
+        status, lines = checked("-tls", mode, "-tlsca", str(certificates.ca), "-smtpaddr", address)
+        assert status == 1 and len(lines) == 2
+        assert lines[1].startswith(f"{address}: FAILED: ") and reason in lines[1]
+
+
+def test_check_asks_for_leave_and_takes_it_back(scripted):
+    relay = scripted(["PIPELINING", "SMTPUTF8", "SIZE 1000", "AUTH PLAIN LOGIN"])
+    assert checked("-smtpaddr", relay.address, "-checkto", "a..b@straße.example") == (
+        0,
+        [
+            f"{relay.address}: connected to {relay.address}",
+            f"{relay.address}: not encrypted",
+            f"{relay.address}: offers PIPELINING, SMTPUTF8, SIZE 1000, AUTH PLAIN LOGIN",
+            f"{relay.address}: no login: there is no -smtpuser",
+            *[f'{relay.address}: MAIL FROM:<"a..b"@xn--strae-oqa.example>: 250 2.1.0 fine'],
+            *[f'{relay.address}: RCPT TO:<"a..b"@xn--strae-oqa.example>: 250 2.1.5 fine'],
+        ],
+    )
+    (conversation,) = relay.connections.items
+    verbs = [command[:4].upper() for command in conversation.commands]
+    assert verbs == [b"EHLO", b"MAIL", b"RCPT", b"RSET", b"QUIT"] and relay.mails.items == []
+
+
+def test_check_of_a_recipient_that_is_refused_and_of_a_hostile_reply(scripted):
+    def refuse(conversation):
+        conversation.replies["RCPT"] = lambda line: b"550-no\x1b[2J\r\n550 such \xff user\r\n"
+        Conversation.serve(conversation)
+
+    relay = scripted(serve=refuse)
+    status, lines = checked("-smtpaddr", relay.address, "-checkto", "a@x.org")
+    assert (status, lines[-1]) == (1, f"{relay.address}: FAILED: RCPT TO:<a@x.org>: 550 no [2J such \ufffd user")
+
+
+def test_check_of_a_login_needs_no_directory_and_shows_no_secret(relay_with, certificates):
+    def check_login(server, session, envelope, mechanism, data):
+        return aiosmtpd.smtp.AuthResult(success=data.password == b"right", handled=False)
+
+    relay = relay_with(authenticator=check_login, auth_require_tls=False)
+    flags = ["-check", "-smtpaddr", relay.address, "-smtpuser", "app"]
+    done = spoolgore_run(*flags, env={**os.environ, "SPOOLGORE_SMTPPASSWORD": "right"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"{relay.address}: logged in as app"
+    done = spoolgore_run(*flags, "-smtppassword", "wr0ng-s3cret")
+    assert done.returncode == 1 and "wr0ng" not in done.stdout + done.stderr
+    assert f"{relay.address}: FAILED: login refused: 535 " in done.stdout
+
+
 @pytest.fixture
 def relay_with():
     """A function that starts aiosmtpd with some options; all are stopped in the end."""
@@ -8214,6 +8406,22 @@ def test_readme_shell_recipe(spool, relay, run):
     assert run("-once", "-smtpaddr", relay.address).status_code == 0
     assert relay.mails[0].recipients == ["you@example.org"]
     assert relay.mails[0].content.endswith(b"Subject: Backup done\r\n\r\nAll fine.\r\n")
+
+
+def test_readme_recipe_for_what_was_given_up(spool, scripted, run, tmp_path):
+    """It tells the administrator of a mail, and nobody of the mail that told him."""
+    block = re.search(r"<!-- failmail -->\n```sh\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    program, relay = tmp_path / "mail-failed", that_takes_nobody(scripted)
+    program.write_text(block.replace("/var/spool/yourapp", str(spool)))
+    program.chmod(0o755)
+    put(spool, "m1", mail("bob@x.org"))
+    flags = ["-once", "-fail5xx", "-smtpaddr", relay.address, "-failcommand", str(program)]
+    assert run(*flags).status_code == 0 and names(spool) == []
+    first, told = sorted(given_up(spool), key=lambda name: name != "m1")
+    message = email.message_from_bytes((spool / ".failed" / told).read_bytes())
+    assert first == "m1" and message["To"] == "postmaster@example.org" and message["X-Sender"] == "<>"
+    entry = json.loads(message.get_payload().replace("\n", ",").strip(","))
+    assert entry["File"] == str(spool / ".failed" / "m1") and entry["To"][0]["Address"] == "bob@x.org"
 
 
 def test_readme_python_recipe(spool, relay, run):
