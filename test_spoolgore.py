@@ -8416,6 +8416,7 @@ def test_readme_recipe_for_what_was_given_up(spool, scripted, run, tmp_path):
     program.chmod(0o755)
     put(spool, "m1", mail("bob@x.org"))
     flags = ["-once", "-fail5xx", "-smtpaddr", relay.address, "-failcommand", str(program)]
+    assert run(*flags).status_code in (0, 75)  # a mail may come too late for -once
     assert run(*flags).status_code == 0 and names(spool) == []
     first, told = sorted(given_up(spool), key=lambda name: name != "m1")
     message = email.message_from_bytes((spool / ".failed" / told).read_bytes())
