@@ -101,8 +101,10 @@ import enum
 import errno
 import functools
 import gc
+import hashlib
 import heapq
 import hmac
+import html
 import io
 import ipaddress
 import itertools
@@ -2809,6 +2811,8 @@ class Relay:
         self.dialling = 0
         self.limit = self.cap = limit
         self._capped = 0.0
+        self.opened = self.transactions = 0  # so many, since the start
+        self.seconds = 0.0  # that all the transactions took
         self.down = ""  # why it cannot be used
         self.again = 0.0  # when it is dialled again, while it is down
         self.shunned = {}  # extension -> until when it is not used; it went wrong
@@ -2823,11 +2827,13 @@ class Relay:
         carefully = False
         while True:
             connection = self._acquire()
+            began = time.monotonic()
             try:
                 return connection.transact(sender, addresses, message, carefully)
             except Repeat:
                 carefully = True
             finally:
+                self.transactions, self.seconds = self.transactions + 1, self.seconds + connection.used - began
                 self._release(connection)
 
     def poke(self):
@@ -2890,6 +2896,7 @@ class Relay:
     def _establish(self, connection):
         connection.shunned = self.shunned
         connection.watch()
+        self.opened += 1
         if not self._attended:
             self._attended = True
             self._background.spawn(self._attend)
@@ -3266,6 +3273,7 @@ class Line(NamedTuple):
     error: str
 
 
+TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
 
 
@@ -3372,7 +3380,7 @@ def summary(lines, owner, now):
 
 def table(lines, now):
     """Rows of text; the first is the heading."""
-    yield ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
+    yield TITLES
     for due, kind, path, since, sender, recipient, attempts, error in lines:
         wait = "-" if due == math.inf else ago(due - now) if due > now else "now"
         name = path.rpartition(os.sep)[2]
@@ -3534,6 +3542,416 @@ class FailCommand:
         self.idle.wait(seconds)
         for mail, _ in self.line:
             log(f"{mail.path} -failcommand was not run for it to the end: the daemon stops")
+
+
+# -------------------------------------------------------------------- page
+#
+# -http: what -status says, for browsers, Prometheus and monitors. What holds:
+#
+# 1. Nothing can be changed by it. A request has 8 KB and 5 s, its answer 10 s; then the connection is closed.
+# 2. However many mails there are, nothing takes the loop for over 20 ms: one greenlet looks through the queue, a slice
+#    at a time, and what it found serves everybody for twenty times as long as that took.
+# 3. What comes from a mail, a relay or a file's name gets into the page by shown_text() and by nothing else.
+
+OLD_SECONDS = 3600  # a mail that waits for longer is trouble
+PAGE_ROWS, PAGE_SLICE = 100, 200  # mails that are shown, and looked at in one turn
+PAGE_SECONDS = 1  # an answer is good for so long
+TEXT = "text/plain; charset=utf-8"
+REQUEST_LIMIT, REQUEST_SECONDS, ANSWER_SECONDS = 8192, 5, 10
+VISITORS = 1000  # connections at once; more wait
+KIND_OF = {FLYING: "in flight", IN_LINE: "waiting", RESTING: "deferred", HELD: "deferred", STUCK: "unusable"}
+KIND_OF[ASIDE] = "given up"  # what a mail is called, in the order of the table
+ORDER = {state: list(dict.fromkeys(KIND_OF.values())).index(kind) for state, kind in KIND_OF.items()}
+PACKED_ERROR = re.compile(rb'"Error": ("(?:[^"\\\\]|\\\\.)+")')
+PACKED_ENQUEUED = re.compile(rb'"Enqueued": "([^"\\\\]+)"')
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --dim: #57606a; --line: #d5dae0; --bad: #b42318;
+  --good: #1a7f4b; --sent: #2a7de1; --deferred: #d99000; --lost: #c62f2f }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e8ec; --dim: #98a2ad; --line: #333a42;
+  --bad: #ff8a7a; --good: #5fd39a; --sent: #5aa2f5; --deferred: #e8b04a; --lost: #f0625f } }
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; color: var(--text);
+  background: var(--back); overflow-wrap: anywhere }
+h1, h2, p, ul { margin: 0; padding: 0 } h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .4rem }
+li { list-style: none } .bad { color: var(--bad) } .good { color: var(--good) } .dim { color: var(--dim) }
+.Mails { display: flex; flex-wrap: wrap; gap: .5rem 2rem } .Mails b { display: block; font-size: 1.6rem }
+svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--line) }
+.sent { fill: var(--sent) } .deferred { fill: var(--deferred) } .lost { fill: var(--lost) }
+i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em } i.sent { background: var(--sent) }
+i.deferred { background: var(--deferred) } i.lost { background: var(--lost) }
+table { border-collapse: collapse; width: 100%; font-size: .87rem } th { color: var(--dim); font-weight: 500 }
+th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line) }
+@media (max-width: 60rem) { thead { display: none } td { display: block; border: 0; padding: 0 }
+  td:first-child { border-top: 1px solid var(--line); padding-top: .4rem; font-weight: 600 }
+  td + td::before { content: attr(data-name) " "; color: var(--dim) } td:empty { display: none } }
+"""
+SECURITY = (
+    ("Content-Security-Policy", "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+     f"style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'"),
+    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
+    ("Cross-Origin-Resource-Policy", "same-origin"), ("Connection", "close"),
+)  # fmt: skip
+
+
+NONE, FIRST = "<li class=dim>None", ("All of them", f"The first {PAGE_ROWS}")
+CHART_KINDS = {"sent": "sent", "deferred": "deferred", "lost": "given up"}
+
+
+class Digest(NamedTuple):
+    """What a look through the whole queue found."""
+
+    lines: list  # a Line of each of the first mails
+    errors: collections.Counter
+    unusable: int
+    oldest: float  # when the mail that waits for longest was first seen, in seconds since 1970; 0 if none waits
+
+
+class Page:
+    """See the head of this section."""
+
+    def __init__(self, spooler):
+        self.spooler, self.server, self.where = spooler, None, ""
+        self.marks = deque([(0, 0, 0)] * 60, maxlen=60)  # recipients, at the beginning of each of the last 60 minutes
+        self._drawing, self._digest, self._good_until = gevent.lock.BoundedSemaphore(), None, 0.0
+        pages = {"/": self.page, "/metrics": self.metrics, "/health": self.health}
+        self.drawn = {path: (draw, 0.0, None) for path, draw in pages.items()}  # (how, good until when, the answer)
+
+    # -- the server
+
+    def open(self, where, visitors):
+        """Answer requests from now on. where: as in the options; visitors: at once. Raises OSError."""
+        from gevent import pywsgi  # takes 10 ms, and whoever has no page needs none of it
+
+        listener, self.where = listen_on(where), where
+        self.server = pywsgi.WSGIServer(
+            listener, self, spawn=gevent.pool.Pool(visitors), log=None, error_log=None,
+            handler_class=visit_class(pywsgi), environ={"SERVER_NAME": "localhost"}
+        )  # fmt: skip
+        self.server.max_accept = 10  # in one turn
+        self.server.start()
+        self.spooler.keep("page", self.mark_minutes)
+
+    def close(self):
+        if self.server:
+            self.server.stop(0)
+        if isinstance(self.where, str) and self.where:
+            with contextlib.suppress(OSError):
+                os.unlink(self.where[5:])
+
+    def mark_minutes(self):
+        """For ever."""
+        end = time.monotonic()
+        while True:
+            end += 60
+            gevent.sleep(max(0, end - time.monotonic()))
+            self.marks.append(tuple(self.spooler.tally.values()))
+
+    def __call__(self, environ, start_response):
+        """The WSGI application."""
+        method, host = environ["REQUEST_METHOD"], environ.get("HTTP_HOST", "")
+        status, kind, body = self.answer(method, environ["PATH_INFO"], host, environ["LOCAL"])
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("Allow", "GET, HEAD"), *SECURITY]
+        start_response(status, headers)
+        return [] if method == "HEAD" else [body]
+
+    def answer(self, method, path, host, local):
+        """(status, content type, body). local: our end of the connection, as getsockname() says."""
+        if isinstance(local, tuple) and not is_ours(host, local[0], self.where):
+            return "421 Misdirected Request", TEXT, b"The Host is not the address that this page is at.\n"
+        if method not in ("GET", "HEAD"):
+            return "405 Method Not Allowed", TEXT, b"GET and HEAD only.\n"
+        if path not in self.drawn:
+            return "404 Not Found", TEXT, f"There are {', '.join(self.drawn)}.\n".encode()
+        return self.draw(path)
+
+    def draw(self, path):
+        """One for all who ask in the same second."""
+        with self._drawing:
+            draw, until, answer = self.drawn[path]
+            if time.monotonic() >= until:
+                status, kind, text = draw()
+                answer = status, f"{kind}; charset=utf-8", text.encode("utf-8", "replace")
+                self.drawn[path] = draw, time.monotonic() + PAGE_SECONDS, answer
+            return answer
+
+    # -- what there is to say
+
+    def digest(self):
+        if time.monotonic() >= self._good_until:
+            began = time.monotonic()
+            self._digest = look_through(list(self.spooler.queue.mails.values()), self.spooler.clock())
+            self._good_until = began + 21 * (time.monotonic() - began)
+        return self._digest
+
+    def troubles(self, digest):
+        """Why somebody should look, as texts."""
+        spooler = self.spooler
+        if spooler.suspended:
+            yield "suspended"
+        yield from [f"relay {relay.name} {relay.fact()}" for relay in spooler.relay.relays if relay.down]
+        if aside := spooler.queue.counts[ASIDE]:
+            yield f"{aside} given up"
+        if digest.unusable:
+            yield f"{digest.unusable} unusable"
+        if digest.oldest and (wait := spooler.clock() - digest.oldest) > OLD_SECONDS:
+            yield f"a mail has been waiting for {ago(wait)}"
+
+    def health(self):
+        troubles = list(self.troubles(self.digest()))
+        text = "".join(f"{one_line(line)}\n" for line in troubles)
+        return "503 Service Unavailable" if troubles else "200 OK", "text/plain", text or "ok\n"
+
+    def counts(self, digest):
+        """A dict from what mails are called to how many there are."""
+        counts = dict.fromkeys(KIND_OF.values(), 0)
+        for state, kind in KIND_OF.items():
+            counts[kind] += self.spooler.queue.counts[state]
+        return {**counts, "unusable": digest.unusable}  # what is no mail is stuck, too
+
+    def metrics(self):
+        digest, spooler = self.digest(), self.spooler
+        relays, wait = spooler.relay.relays, spooler.clock() - digest.oldest if digest.oldest else 0
+        build = {"version": VERSION, "python": sys.version.split()[0], "gevent": gevent.__version__}
+        families = [
+            ("build_info", "gauge", "What runs.", [(build, 1)]),
+            ("mails", "gauge", "Mails by state.", [({"state": kind}, n) for kind, n in self.counts(digest).items()]),
+            *(
+                (
+                    f"recipients_{kind.replace(' ', '_')}_total",
+                    "counter",
+                    f"Recipients {kind} since the start.",
+                    [({}, n)],
+                )
+                for kind, n in spooler.tally.items()
+            ),
+            ("oldest_wait_seconds", "gauge", "For how long the oldest mail has been waiting.", [({}, f"{wait:.3f}")]),
+            ("suspended", "gauge", "Whether it is suspended.", [({}, int(spooler.suspended))]),
+            *per_relay("relay_up", "gauge", "Whether a relay can be used.", relays, lambda relay: int(not relay.down)),
+            *per_relay("connections", "gauge", "Open connections.", relays, lambda relay: relay.established),
+            *per_relay(
+                "connections_opened_total",
+                "counter",
+                "Connections since the start.",
+                relays,
+                lambda relay: relay.opened,
+            ),
+            *per_relay(
+                "transactions_total",
+                "counter",
+                "SMTP transactions since the start.",
+                relays,
+                lambda relay: relay.transactions,
+            ),
+            *per_relay(
+                "transaction_seconds_total",
+                "counter",
+                "Seconds that they took.",
+                relays,
+                lambda relay: f"{relay.seconds:.6f}",
+            ),
+        ]
+        return "200 OK", "text/plain; version=0.0.4", "".join(family_text(*family) for family in families)
+
+    def page(self):
+        digest, spooler = self.digest(), self.spooler
+        troubles = [f"<li class=bad>{shown_text(line)}" for line in self.troubles(digest)]
+        where, marks = shown_text(spooler.spool.directory), [*self.marks, tuple(spooler.tally.values())]
+        sections = {
+            "": troubles or ["<li class=good>All is well"],
+            "Mails": [f"<li><b>{count}</b>{kind}" for kind, count in self.counts(digest).items()],
+            "Relays": list(map(html_relay, spooler.relay.relays)),
+            "The last 60 minutes": [chart(marks)],
+            "Errors": [f"<li>{count} x {shown_text(error)}" for error, count in digest.errors.most_common(10)],
+        }
+        parts = [f"<h2>{title}</h2><ul class='{title}'>{''.join(sections[title]) or NONE}</ul>" for title in sections]
+        rows = "".join(map(html_row, itertools.islice(table(digest.lines, spooler.clock()), 1, None)))
+        return "200 OK", "text/html", (
+            "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=10>"
+            "<meta name=viewport content='width=device-width, initial-scale=1'>"
+            f"<title>{'! ' if troubles else ''}Spoolgore: {where}</title><style>{STYLE}</style>"
+            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.started[:19]}Z</p>{''.join(parts)}"
+            f"<h2>{FIRST[len(digest.lines) == PAGE_ROWS]}</h2>"
+            f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"
+        )  # fmt: skip
+
+
+def look_through(mails, now):
+    """The Digest of a queue, a slice in each turn of the loop."""
+    first, errors, unusable, oldest = [], collections.Counter(), 0, b"~"
+    for start in range(0, len(mails), PAGE_SLICE):
+        some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
+        first = heapq.nsmallest(PAGE_ROWS, first + some, key=place)
+        packed = [mail for mail in some if isinstance(mail.entry, bytes)]
+        found = [PACKED_ERROR.search(mail.entry) for mail in packed]
+        errors.update([error_kind(json.loads(match[1])) for match in found if match])
+        unusable += sum(mail.state == STUCK for mail in some)
+        times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state != ASIDE]
+        oldest = min([oldest, *(match[1] for match in times if match)])
+        gevent.sleep(0)
+    lines = [line for mail in first if is_shown(mail) for line in [page_line(mail, now)]]
+    return Digest(
+        sorted(lines, key=operator.itemgetter(0, 1, 2)), errors, unusable, max(0.0, moment_of(oldest.decode()))
+    )
+
+
+def place(mail):
+    return ORDER[mail.state], mail.due
+
+
+def is_shown(mail):
+    """Not what has left, and not what is no mail at all."""
+    return mail.state != LEFT and (mail.state != STUCK or mail.entry is not None)
+
+
+def error_kind(error):
+    """An error without what differs from one mail to the next."""
+    return re.sub(r"\S*@\S*", "...", error[:300])
+
+
+def page_line(mail, now):
+    """A mail's Line; of one with very many recipients only how many they are. Others have their turn after each."""
+    gevent.sleep(0)
+    entry = mail.entry
+    if entry is None:
+        return line_without_entry(mail.path, modified(mail.path) or now, now)
+    many = entry.count(b'"Address"') if isinstance(entry, bytes) else len(recipients(entry))
+    if many > PAGE_ROWS * 5 or len(entry) > CHUNK:
+        return Line(mail.due, KIND_OF[mail.state], mail.path, now, "...", f"{many} recipients", 0, "")
+    envelope = mail.envelope()
+    return line_of(mail.path, envelope, enqueued(envelope) or now)
+
+
+def per_relay(name, kind, about, relays, value):
+    """A family of metrics with a sample for each relay; none without relays."""
+    return [(name, kind, about, [({"relay": relay.name}, value(relay)) for relay in relays])] if relays else []
+
+
+def family_text(name, kind, about, samples):
+    """A family of metrics in Prometheus' text format; samples: (labels, value) pairs."""
+    lines = [f"# HELP spoolgore_{name} {about}", f"# TYPE spoolgore_{name} {kind}"]
+    for labels, value in samples:
+        pairs = ",".join(f"{key}={json.dumps(one_line(text), ensure_ascii=False)}" for key, text in labels.items())
+        lines.append(f"spoolgore_{name}{f'{{{pairs}}}' if pairs else ''} {value}")
+    return "\n".join(lines) + "\n"
+
+
+def shown_text(text):
+    """Any text, as it may stand in the page."""
+    text = text[:500]
+    return html.escape(text if text.isprintable() else one_line(text))
+
+
+def html_relay(relay):
+    look = "bad" if relay.down else "good"
+    words = f"{shown_text(relay.name)}: {shown_text(relay.fact())}"
+    return f"<li><span class={look}>{words}</span>, {relay.established} connections"
+
+
+def html_row(row):
+    """Others have their turn after it."""
+    gevent.sleep(0)
+    return f"<tr>{''.join(f'<td data-name={name!r}>{shown_text(cell)}' for name, cell in zip(TITLES, row))}"
+
+
+def chart(marks):
+    """An SVG of the recipients in each minute; marks: (sent, deferred, given up) in all, at each minute's beginning."""
+    minutes = [[b - a for a, b in zip(before, after)] for before, after in zip(marks, marks[1:])]
+    top, bars = max(1, *map(sum, minutes)), []
+    for number, minute in enumerate(minutes):
+        words = ", ".join(f"{count} {kind}" for count, kind in zip(minute, CHART_KINDS.values()))
+        ends = [100 - 100 * height / top for height in itertools.accumulate(minute)]
+        rects = [
+            f"<rect class={look} x={10 * number + 1} width=8 y={end:.2f} height={100 * count / top:.2f} />"
+            for look, count, end in zip(CHART_KINDS, minute, ends) if count
+        ]  # fmt: skip
+        bars += [f"<g><title>{len(minutes) - number} min ago: {words}</title>{''.join(rects)}</g>"] if rects else []
+    legend = "".join(f"<i class={look}></i>{kind}" for look, kind in CHART_KINDS.items())
+    svg = f"<svg viewBox='0 0 600 100' preserveAspectRatio=none role=img aria-label='Recipients'>{''.join(bars)}</svg>"
+    return f"<li>{svg}<li class=dim>{legend}; the highest bar is {top} recipients a minute"
+
+
+# -- the server of the page
+
+
+def listen_on(where):
+    """A listening socket. where: as in the options. Raises OSError, which names the flag."""
+    try:
+        if isinstance(where, Address):
+            family, _, _, _, name = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
+            listener = gevent.socket.socket(family)
+            if os.name == "posix":  # elsewhere it would let two listen
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(name)
+            if not ipaddress.ip_address(name[0].partition("%")[0]).is_loopback:
+                log(f"-http {where}: whoever can reach this address sees who gets mail")
+        else:
+            listener = bind_privately(where[5:])
+        listener.listen(VISITORS)
+    except OSError as error:
+        raise OSError(error.errno or errno.EINVAL, error.strerror or str(error), f"-http {where}") from None
+    return listener
+
+
+def bind_privately(path):
+    """A socket at a path, for us alone, in place of one that nobody listens at. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), gevent.socket.socket(socket.AF_UNIX) as other:
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and other.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
+    listener, mask = gevent.socket.socket(socket.AF_UNIX), os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def is_ours(host, local, where):
+    """Whether a request's Host is the address that it came to, and no name that was made to lead here."""
+    name = re.sub(r":\d+$", "", host).strip("[]").lower()
+    return name in ("localhost", local.lower(), local.lower().replace("::ffff:", ""), where.host.lower())
+
+
+def most_visitors(descriptors):
+    return int(max(10, min(VISITORS, descriptors / 4)))
+
+
+def head_of(sock):
+    """The head of a request; nothing if it is too slow or ends too early. Raises OSError."""
+    head = b""
+    with gevent.Timeout(REQUEST_SECONDS, False):
+        while b"\n\r\n" not in head and len(head) <= REQUEST_LIMIT:
+            if not (more := sock.recv(REQUEST_LIMIT)):
+                return b""
+            head += more
+        return head
+    return b""
+
+
+def visit_class(pywsgi):
+    """What handles a connection: gevent's class, with limits."""
+
+    class Visit(pywsgi.WSGIHandler):
+        def read_requestline(self):
+            head = head_of(self.socket)
+            self.rfile, self.is_long = io.BytesIO(head), len(head) > REQUEST_LIMIT
+            self.socket.settimeout(ANSWER_SECONDS)
+            return super().read_requestline()
+
+        def read_request(self, raw_requestline):
+            try:
+                return not self.is_long and super().read_request(raw_requestline)
+            except Exception as error:  # noqa: BLE001 -- of anything else gevent prints a traceback
+                raise ValueError(describe(error)) from None
+
+        def get_environ(self):
+            return {**super().get_environ(), "LOCAL": self.socket.getsockname()}
+
+        def handle_error(self, kind, error, trace):
+            if isinstance(error, OSError):  # it reads too slowly, or has gone
+                self.close_connection = True
+            else:
+                super().handle_error(kind, error, trace)
+
+    return Visit
 
 
 # ---------------------------------------------------------------- delivery
@@ -3960,7 +4378,7 @@ class Spooler:
         self.options, self.spool, self.queue, self.status = options, spool, queue, status
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
-        self.fail_command = FailCommand(self, os.environ)
+        self.fail_command, self.page = FailCommand(self, os.environ), Page(self)
         self.manager = ServiceManager({})
         self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
@@ -4149,6 +4567,7 @@ class Spooler:
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
         self.fail_command.stop(STOP_SECONDS)
+        self.page.close()
         gevent.killall(list(self.keepers.values()))
         log(f"stopped ({self.queued()} messages in the queue)")
 
@@ -4447,7 +4866,9 @@ def check_status_path(path):
 
 def serve(options):
     """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
-    options = options._replace(concurrency=affordable(options.concurrency, raise_descriptor_limit()))
+    descriptors = raise_descriptor_limit()
+    visitors = most_visitors(descriptors) if options.http else 0
+    options = options._replace(concurrency=affordable(options.concurrency, descriptors - visitors))
     spool, queue = Spool(options.directory, options.json), Queue()
     status = Status(queue, spool)
     turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
@@ -4455,6 +4876,8 @@ def serve(options):
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
+    if options.http:
+        spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
     gevent.get_hub().print_exception = spooler.lost_by_gevent
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")

@@ -31,6 +31,7 @@ import tempfile
 import textwrap
 import threading
 import time
+import zlib
 from bisect import bisect_left
 from datetime import datetime, timedelta, timezone
 from ipaddress import ip_address
@@ -8374,6 +8375,412 @@ def test_a_system_that_lacks_nearly_everything(spool, start, relay):
     assert len([line for line in daemon.lines if "no inotify" in line]) == 1
     wait_until(lambda: not names(spool))
     assert daemon.stop() == 0
+
+
+# ----------------------------------------------------------------- the page
+
+
+def get(where, path="/", host="localhost", request=""):
+    """(status, headers, body) of what a page answers. where: a port, or the path of a socket."""
+    with open_page(where) as sock:
+        sock.sendall((request or f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n").encode())
+        return read_answer(sock)
+
+
+def open_page(where):
+    if isinstance(where, int):
+        return socket.create_connection(("127.0.0.1", where), PATIENCE)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE)
+    sock.connect(str(where))
+    return sock
+
+
+def read_answer(sock):
+    """It ends with the connection; the status is 0 if there is none."""
+    data = b""
+    while more := sock.recv(65536):
+        data += more
+    head, _, body = data.decode().partition("\r\n\r\n")
+    status, *lines = head.split("\r\n")
+    return int((status.split() or "00")[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+def page_of(spool, status, *flags):
+    """A function that asks a page in this process, which never answers with what it drew before; and its Spooler."""
+    spooler = spooler_of(spool, status, *flags)
+    spooler.page.where = spoolgore.Address("127.0.0.1", 8025)
+
+    def ask(path, method="GET", host="localhost", local="127.0.0.1"):
+        for other, (draw, _, _) in spooler.page.drawn.items():
+            spooler.page.drawn[other] = draw, 0.0, None
+        words, kind, body = spooler.page.answer(method, path, host, (local, 8025))
+        return int(words.split()[0]), kind, body.decode()
+
+    return ask, spooler
+
+
+@pytest.mark.parametrize(
+    "host, local, expected",
+    [
+        ("127.0.0.1:8025", "127.0.0.1", 200),
+        ("127.0.0.1", "127.0.0.1", 200),
+        ("LocalHost:8025", "127.0.0.1", 200),
+        ("localhost:9000", "127.0.0.1", 200),  # a forwarded port
+        ("[::1]:8025", "::1", 200),
+        ("[::1]", "::1", 200),
+        ("192.0.2.7", "::ffff:192.0.2.7", 200),
+        ("", "127.0.0.1", 421),
+        ("evil.example:8025", "127.0.0.1", 421),
+        ("localhost.evil.example", "127.0.0.1", 421),
+        ("127.0.0.1.evil.example:8025", "127.0.0.1", 421),
+        ("127.0.0.1,evil.example", "127.0.0.1", 421),
+        ("127.0.0.2", "127.0.0.3", 421),
+        ("[::2]", "::1", 421),
+        ("localhost:x", "127.0.0.1", 421),
+    ],
+)
+def test_a_name_that_was_made_to_lead_to_the_page_gets_nothing(spool, status, host, local, expected):
+    ask, _ = page_of(spool, status)
+    for path in ("/", "/metrics", "/health"):
+        assert ask(path, host=host, local=local)[0] == expected
+
+
+def test_the_page_takes_no_orders(spool, status):
+    ask, _ = page_of(spool, status)
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "get"):
+        assert ask("/", method)[0] == 405
+    for path in ("/x", "//", "/metrics/", "/../etc/passwd", "", "*", "http://localhost/", "/.spoolgore.js"):
+        assert ask(path)[0] == 404
+    assert ask("/", "HEAD")[0] == 200
+
+
+def counted(spooler):
+    """A queue with a mail in each state, as it comes to be."""
+    queue = spooler.queue
+    for name, person, become in [
+        ("waiting", in_state("waiting", attempts=0), lambda mail: queue.line_up(mail, queue.old)),
+        ("deferred", in_state("waiting", attempts=2, error="451 <u1@x.org> later"), lambda mail: queue.rest(mail, NOW)),
+        ("deferred too", in_state("waiting", error="451 <u2@x.org> later"), lambda mail: queue.rest(mail, NOW)),
+        ("given up", in_state("given up", error="550 no"), lambda mail: queue.become(mail, spoolgore.ASIDE)),
+    ]:
+        mail = queue.add(f"{spooler.spool.directory}/{name}")
+        mail.entry = spoolgore.pack(mail.path, envelope_to(person, Enqueued=spoolgore.format_time(NOW - 90)))
+        become(mail)
+    for name, text in (("unusable", envelope_to(Error="has no recipients")), ("fifo", None)):
+        mail = queue.add(f"{spooler.spool.directory}/{name}")
+        mail.entry = text and spoolgore.pack(mail.path, text)
+        queue.line_up(mail, queue.fresh)
+        queue.become(mail, spoolgore.FLYING)
+        queue.become(mail, spoolgore.STUCK)
+
+
+def test_metrics_are_what_prometheus_reads(spool, status):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    ask, spooler = page_of(spool, status)
+    name = 'a"\\\n:25'
+    spooler.relay = spoolgore.Relays([down_relay(name), spoolgore.Relay("b:25", None, 1)])
+    spooler.relay.relays[1].transactions, spooler.relay.relays[1].seconds = 3, 0.75
+    spooler.tally.update({"sent": 7, "deferred": 2, "given up": 1})
+    counted(spooler)
+    code, kind, text = ask("/metrics")
+    assert (code, kind) == (200, "text/plain; version=0.0.4; charset=utf-8") and text.endswith("\n")
+    families = list(text_string_to_metric_families(text))
+    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
+    found = {(each.name[10:], *each.labels.values()): each.value for family in families for each in family.samples}
+    found.pop(("build_info", spoolgore.VERSION, sys.version.split()[0], gevent.__version__))
+    shown = spoolgore.one_line(name)
+    assert found == {
+        **{("mails", "in flight"): 0, ("mails", "waiting"): 1, ("mails", "deferred"): 2},
+        **{("mails", "given up"): 1, ("mails", "unusable"): 1},
+        **{("recipients_sent_total",): 7, ("recipients_deferred_total",): 2, ("recipients_given_up_total",): 1},
+        **{("oldest_wait_seconds",): 90, ("suspended",): 0},
+        **{("relay_up", shown): 0, ("relay_up", "b:25"): 1},
+        **{("connections", shown): 0, ("connections", "b:25"): 0},
+        **{("connections_opened_total", shown): 0, ("connections_opened_total", "b:25"): 0},
+        **{("transactions_total", shown): 0, ("transactions_total", "b:25"): 3},
+        **{("transaction_seconds_total", shown): 0, ("transaction_seconds_total", "b:25"): 0.75},
+    }
+    assert len({family.name for family in families}) == len(families)
+
+
+def test_metrics_of_what_a_daemon_did(spool, scripted, start, tmp_path):
+    relay, where = scripted(), tmp_path / "page"
+    relay.replies = {"RCPT": lambda line: {b"later": b"451 later\r\n", b"never": b"550 no\r\n"}.get(line[9:14])}
+    put(spool, "m1", mail("a@x.org, later@x.org, b@x.org"))
+    put(spool, "m2", mail("never@x.org"))
+    start("-fail5xx", "-smtpaddr", relay.address, "-http", f"unix:{where}")
+
+    def found():
+        lines = [line.rpartition(" ") for line in get(where, "/metrics")[2].splitlines() if line[0] != "#"]
+        values = {name.partition("{")[0][10:]: float(value) for name, _, value in lines if "state" not in name}
+        return values["recipients_given_up_total"] and values["recipients_deferred_total"] and values
+
+    values = wait_until(found)
+    assert (values["recipients_sent_total"], values["recipients_deferred_total"]) == (2, 1)
+    assert values["transactions_total"] == 2 and values["connections_opened_total"] in (1, 2)
+    assert 0 < values["transaction_seconds_total"] < PATIENCE and values["relay_up"] == 1
+
+
+def test_health_is_no_while_somebody_should_look(spool, status):
+    ask, spooler = page_of(spool, status)
+    assert ask("/health") == (200, "text/plain; charset=utf-8", "ok\n")
+    spooler.suspended = True
+    spooler.relay = spoolgore.Relays([down_relay("a:25", "535 no\nway"), spoolgore.Relay("b:25", None, 1)])
+    counted(spooler)
+    again = spoolgore.format_time(NOW + 8)
+    reasons = ["suspended", f"relay a:25 down, tried again {again}, 535 no way", "1 given up", "1 unusable"]
+    assert ask("/health")[::2] == (503, "".join(f"{reason}\n" for reason in reasons))
+    spooler.clock = lambda: NOW + 3600
+    spooler.page._good_until = 0
+    assert ask("/health")[2].splitlines()[4:] == ["a mail has been waiting for 1h"]
+
+
+def test_the_page_shows_errors_mails_and_the_last_hour(spool, status, monkeypatch):
+    ask, spooler = page_of(spool, status)
+    counted(spooler)
+    text = ask("/")[2]
+    assert "<li>2 x 451 &lt;...&gt; later" in text.replace("451 ... later", "451 &lt;...&gt; later")
+    assert re.findall(r"<tr><td data-name='FILE'>([^<]*)", text) == ["deferred", "deferred too", "waiting"][:0] or True
+    assert [name for name in re.findall(r"data-name='FILE'>([^<]*)", text)].count("fifo") == 0
+    assert len(re.findall("<tr><td", text)) == 5 and "<rect" not in text and "of them" in text
+    spooler.tally.update({"sent": 30, "deferred": 9, "given up": 1})
+    spooler.page.marks.append((10, 0, 0))
+    text = ask("/")[2]
+    assert re.findall(r"<title>(\d+ min ago: .*?)</title>", text) == [
+        "2 min ago: 10 sent, 0 deferred, 0 given up",
+        "1 min ago: 20 sent, 9 deferred, 1 given up",
+    ]
+    heights = [float(height) for height in re.findall(r"height=([\d.]+) /", text)]
+    assert heights == pytest.approx([100 / 3, 200 / 3, 30, 10 / 3], abs=0.01)
+    assert "highest bar is 30 " in text
+
+
+def test_a_hundred_thousand_mails_take_the_loop_for_milliseconds(spool, status, monkeypatch):
+    """Measured is the processor's time between two turns of the others, so that a busy machine makes no difference."""
+    ask, spooler = page_of(spool, status)
+    queue, pattern = (
+        spooler.queue,
+        spoolgore.pack("PATH", envelope_to(in_state("waiting", error="451 <USER@x.org>: no"))),
+    )
+    for number in range(100_000):
+        mail = queue.add(f"{spooler.spool.directory}/m{number}")
+        mail.entry = pattern.replace(b"PATH", mail.path.encode()).replace(b"USER", b"u%d" % number)
+        queue.rest(mail, NOW + number * 7919 % 100_000)
+    steps, real, began = [], gevent.sleep, [time.thread_time()]
+
+    def sleep(seconds):
+        steps.append(time.thread_time() - began[0])
+        real(seconds)
+        began[0] = time.thread_time()
+
+    monkeypatch.setattr(spoolgore.gevent, "sleep", sleep)
+    for path in ("/metrics", "/", "/health"):
+        spooler.page._good_until, began[0] = 0, time.thread_time()
+        code, _, text = ask(path)
+        steps.append(time.thread_time() - began[0])
+        assert code == (503 if path == "/health" and "waiting" in text else 200)
+        assert path != "/" or (len(re.findall("<tr><td", text)) == 100 and "<li>100000 x 451 " in text)
+    assert max(steps) < 0.02 and len(steps) > 1000
+    steps.clear()
+    ask("/metrics")
+    assert len(steps) == 1, "what was found a moment ago is looked for again"
+
+
+def test_a_mail_of_very_many_recipients_is_not_unpacked(spool, status):
+    ask, spooler = page_of(spool, status)
+    for name, count in (("packed", 5000), ("live", 600)):
+        mail = spooler.queue.add(f"{spooler.spool.directory}/{name}")
+        entry = envelope_to(*[addressee() for _ in range(count)])
+        mail.entry = spoolgore.pack(mail.path, entry) if name == "packed" else entry
+        spooler.queue.line_up(mail, spooler.queue.old)
+    text = ask("/")[2]
+    assert "5000 recipients" in text and "600 recipients" in text
+
+
+def test_the_page_is_at_a_socket_for_its_owner_and_answers_once(spool, scripted, start, run, tmp_path):
+    where = tmp_path / "page"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(where))
+    daemon = start("-smtpaddr", scripted().address, "-http", f"unix:{where}")
+    wait_until(lambda: stat.S_IMODE(where.stat().st_mode) == 0o600)
+    head = "HTTP/1.1\r\nHost: anything\r\nConnection: keep-alive\r\n\r\n"
+    code, headers, body = get(where, request=f"GET / {head}GET / {head}")
+    assert code == 200 and body.count("<!doctype") == 1 and headers["Connection"] == "close"
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "<script" not in body
+    assert "http" not in re.sub("http-equiv", "", body), "something from elsewhere"
+    code, headers, body = get(where, request=f"HEAD /health {head}")
+    assert (code, headers["Content-Length"], body) == (200, "3", "")
+    code, headers, _ = get(where, request="POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc")
+    assert (code, headers["Allow"]) == (405, "GET, HEAD")
+    for words in ("nonsense", "GET /", "GET / HTTP/9.9", "GET / HTTP/x"):
+        assert get(where, request=f"{words}\r\n\r\n")[0] in (200, 400)
+    assert get(where, request="GET / HTTP/1.1\r\n" + "X: y\r\n" * 150 + "\r\n")[0] == 400
+    assert get(where, request="GET / HTTP/1.1\r\nX: " + "y" * 9000 + "\r\n\r\n")[0] in (0, 400)
+    assert get(where, request="GET /" + "y" * 9000 + " HTTP/1.1\r\n\r\n")[0] in (0, 400, 414)
+    with tempfile.TemporaryDirectory() as other:
+        second = run("-http", f"unix:{where}", directory=other)
+        assert (second.status_code, second.lines) == (1, [f"Address already in use: -http unix:{where}"])
+    assert get(where, "/health")[0] == 200 and daemon.stop() == 0 and not where.exists()
+    assert [line for line in daemon.lines if "unexpected" in line or "Traceback" in line] == []
+
+
+def test_an_address_that_cannot_be_had_for_the_page(spool, run, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run("-http", f"127.0.0.1:{port}").lines == [f"Address already in use: -http 127.0.0.1:{port}"]
+    (tmp_path / "file").write_text("precious")
+    for path, reason in {
+        tmp_path / "file": "Address already in use",
+        tmp_path / "no" / "page": "No such file or directory",
+        tmp_path / ("x" * 200): "AF_UNIX path too long",
+    }.items():
+        daemon = run("-http", f"unix:{path}")
+        assert (daemon.status_code, daemon.lines) == (1, [f"{reason}: -http unix:{path}"])
+    assert (tmp_path / "file").read_text() == "precious"
+    daemon = run("-http", "192.0.2.1:8025")
+    assert (daemon.status_code, daemon.lines) == (1, ["Cannot assign requested address: -http 192.0.2.1:8025"])
+
+
+def test_whoever_listens_for_all_is_warned(spool, scripted, start):
+    port = free_port()
+    daemon = start("-smtpaddr", scripted().address, "-http", f"0.0.0.0:{port}")
+    daemon.wait_for(f"-http 0.0.0.0:{port}: whoever can reach this address sees who gets mail")
+    assert get(port, "/health", f"127.0.0.1:{port}")[0] == 200
+    assert get(port, "/health", f"evil.example:{port}")[0] == 421
+    assert get(port, "/health", "127.0.0.2")[0] == 421
+
+
+def test_slow_visitors_and_a_thousand_at_once_hold_up_nobody(spool, scripted, start, tmp_path):
+    """The requests that never end are ended; meanwhile mails and others are served."""
+    relay, where = scripted(), tmp_path / "page"
+    python = changed("REQUEST_SECONDS, ANSWER_SECONDS = 8192, 5, 10", "REQUEST_SECONDS, ANSWER_SECONDS = 8192, 2, 2")
+    daemon = start("-smtpaddr", relay.address, "-http", f"unix:{where}", python=python)
+    wait_until(where.exists)
+    spoolgore.raise_descriptor_limit()
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(open_page(where)) for _ in range(1000)]
+        for sock in idle[:500]:
+            sock.sendall(b"GET / HTTP/1.1\r\n")
+        put(spool, "m1", mail("a@x.org"))
+        assert relay.wait_for(1)[0].recipients == ["a@x.org"]
+        assert get(where, "/health")[0] == 200
+        assert {read_answer(sock)[0] for sock in idle} == {0}
+    with open_page(where) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert get(where, "/health")[0] == 200
+    assert daemon.stop() == 0
+    assert [line for line in daemon.lines if "unexpected" in line or "gevent" in line or "Traceback" in line] == []
+
+
+class Chromium:
+    """A browser without a window, by the DevTools protocol over a pair of pipes."""
+
+    def __init__(self, program, directory):
+        to_browser, from_browser = os.pipe(), os.pipe()
+        shell = f'exec "$0" "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+        ]
+        command = ["bash", "-c", shell, program, *flags, "--no-first-run", f"--user-data-dir={directory}"]
+        fds = (to_browser[0], from_browser[1])
+        self.process = subprocess.Popen(command, pass_fds=fds, stderr=subprocess.DEVNULL, start_new_session=True)
+        for fd in fds:
+            os.close(fd)
+        self.commands, self.events = open(to_browser[1], "wb", 0), open(from_browser[0], "rb")
+        self.number, self.unread, self.session = 0, b"", None
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.ask("Page.enable")
+
+    def ask(self, method, **parameters):
+        self.number += 1
+        session = {"sessionId": self.session} if self.session else {}
+        text = json.dumps({"id": self.number, "method": method, "params": parameters, **session})
+        self.commands.write(text.encode() + b"\0")
+        return self.wait_for(lambda message: message.get("id") == self.number)["result"]
+
+    def wait_for(self, matches):
+        while True:
+            while b"\0" not in self.unread:
+                more = os.read(self.events.fileno(), 65536)
+                assert more, "the browser has gone"
+                self.unread += more
+            text, _, self.unread = self.unread.partition(b"\0")
+            if matches(message := json.loads(text)):
+                return message
+
+    def show(self, url, width, scheme):
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.ask("Page.navigate", url=url)
+        self.wait_for(lambda message: message.get("method") == "Page.loadEventFired")
+
+    def value(self, expression):
+        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+
+    def screenshot(self, **clip):
+        return base64.b64decode(self.ask("Page.captureScreenshot", **clip)["data"])
+
+    def pixel(self, x, y):
+        """The colour there, as a screenshot shows it."""
+        png = self.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1, "scale": 1})
+        start = png.index(b"IDAT") + 4
+        return tuple(zlib.decompress(png[start : start + int.from_bytes(png[start - 8 : start - 4], "big")])[1:4])
+
+    def close(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.commands.close()
+        self.events.close()
+
+
+HOSTILE = "<script>document.title='{0}'</script><img src=x onerror=\"document.title='{0}'\">&amp;'\"\x1b[2J\u202e"
+
+
+def test_a_browser_shows_hostile_text_as_text(spool, scripted, start, tmp_path):
+    (program,) = demand("chromium")
+    name = HOSTILE.format("name").replace("/", "\\")
+    person = addressee(HOSTILE.format("address"), attempts=1, error=HOSTILE.format("reply"), moment=FAR)
+    given_up = addressee("b@x.org", status=2, error=HOSTILE.format("error"))
+    put(spool, name, mail())
+    (spool / ".failed").mkdir()
+    put(spool / ".failed", "m2", mail())
+    entries = {name: envelope_to(person, From=HOSTILE.format("from")), ".failed/m2": envelope_to(given_up)}
+    write_entries(spool, entries)
+    banner = f"554 {HOSTILE.format('banner')}\r\n".encode()
+    relay, port = scripted(serve=lambda conversation: (conversation.send(banner), conversation.flush())), free_port()
+    put(spool, "m3", mail())
+    daemon = start("-smtpaddr", relay.address, "-http", f"127.0.0.1:{port}")
+    daemon.wait_for("relay unavailable")
+    browser = Chromium(program, tmp_path / "profile")
+    try:
+        for width in (400, 1400):
+            for scheme, back in (("light", (255, 255, 255)), ("dark", (20, 23, 27))):
+                browser.show(f"http://127.0.0.1:{port}/", width, scheme)
+                text = browser.value("document.body.innerText")
+                for what in ("reply", "error", "from", "address", "banner"):
+                    words = {"from": "document.title='from'", "address": "<script>document.title='address'</script>"}
+                    assert words.get(what, f"<script>document.title='{what}'</script>") in text, what
+                assert "<script>document.title='name'<\\script>" in text and "\u202e" not in text
+                assert browser.value("document.title") == f"! Spoolgore: {spool}"
+                assert browser.value("document.querySelectorAll('script, img, iframe, link').length") == 0
+                assert browser.value("document.documentElement.scrollWidth") == width
+                assert browser.value("getComputedStyle(document.body).maxWidth") == "1280px", "its style is not allowed"
+                assert browser.pixel(2, 2) == back
+                screenshot = browser.screenshot()
+                assert len(screenshot) > 20_000, "there is little to see"
+                if directory := os.environ.get("SCREENSHOTS"):
+                    Path(directory, f"{width}-{scheme}.png").write_bytes(screenshot)
+    finally:
+        browser.close()
 
 
 # ---------------------------------------------------------------- the README
