@@ -3562,8 +3562,8 @@ VISITORS = 1000  # connections at once; more wait
 KIND_OF = {FLYING: "in flight", IN_LINE: "waiting", RESTING: "deferred", HELD: "deferred", STUCK: "unusable"}
 KIND_OF[ASIDE] = "given up"  # what a mail is called, in the order of the table
 ORDER = {state: list(dict.fromkeys(KIND_OF.values())).index(kind) for state, kind in KIND_OF.items()}
-PACKED_ERROR = re.compile(rb'"Error": ("(?:[^"\\\\]|\\\\.)+")')
-PACKED_ENQUEUED = re.compile(rb'"Enqueued": "([^"\\\\]+)"')
+PACKED_ERROR = re.compile(rb'"Error": ("(?:[^"\\]|\\.)+")')
+PACKED_ENQUEUED = re.compile(rb'"Enqueued": "([^"\\]+)"')
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --dim: #57606a; --line: #d5dae0; --bad: #b42318;
   --good: #1a7f4b; --sent: #2a7de1; --deferred: #d99000; --lost: #c62f2f }
@@ -3579,6 +3579,7 @@ svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--
 i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em } i.sent { background: var(--sent) }
 i.deferred { background: var(--deferred) } i.lost { background: var(--lost) }
 table { border-collapse: collapse; width: 100%; font-size: .87rem } th { color: var(--dim); font-weight: 500 }
+th, td:nth-child(2), td:nth-child(3), td:nth-child(6), td:nth-child(7) { white-space: nowrap }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line) }
 @media (max-width: 60rem) { thead { display: none } td { display: block; border: 0; padding: 0 }
   td:first-child { border-top: 1px solid var(--line); padding-top: .4rem; font-weight: 600 }
@@ -3592,7 +3593,7 @@ SECURITY = (
 )  # fmt: skip
 
 
-NONE, FIRST = "<li class=dim>None", ("All of them", f"The first {PAGE_ROWS}")
+NONE, FIRST = "<li class=dim>None", ("All mails", f"The first {PAGE_ROWS} mails")
 CHART_KINDS = {"sent": "sent", "deferred": "deferred", "lost": "given up"}
 
 
@@ -3684,15 +3685,15 @@ class Page:
 
     def troubles(self, digest):
         """Why somebody should look, as texts."""
-        spooler = self.spooler
+        spooler, now = self.spooler, self.spooler.clock()
         if spooler.suspended:
             yield "suspended"
-        yield from [f"relay {relay.name} {relay.fact()}" for relay in spooler.relay.relays if relay.down]
+        yield from [f"relay {relay_trouble(relay, now)}" for relay in spooler.relay.relays if relay.down]
         if aside := spooler.queue.counts[ASIDE]:
             yield f"{aside} given up"
         if digest.unusable:
             yield f"{digest.unusable} unusable"
-        if digest.oldest and (wait := spooler.clock() - digest.oldest) > OLD_SECONDS:
+        if digest.oldest and (wait := now - digest.oldest) > OLD_SECONDS:
             yield f"a mail has been waiting for {ago(wait)}"
 
     def health(self):
@@ -3753,12 +3754,12 @@ class Page:
 
     def page(self):
         digest, spooler = self.digest(), self.spooler
-        troubles = [f"<li class=bad>{shown_text(line)}" for line in self.troubles(digest)]
+        troubles = list(self.troubles(digest))
         where, marks = shown_text(spooler.spool.directory), [*self.marks, tuple(spooler.tally.values())]
         sections = {
-            "": troubles or ["<li class=good>All is well"],
+            "": [f"<li class=bad>{shown_text(line)}" for line in troubles] or ["<li class=good>All is well"],
             "Mails": [f"<li><b>{count}</b>{kind}" for kind, count in self.counts(digest).items()],
-            "Relays": list(map(html_relay, spooler.relay.relays)),
+            "Relays": [html_relay(relay, spooler.clock()) for relay in spooler.relay.relays],
             "The last 60 minutes": [chart(marks)],
             "Errors": [f"<li>{count} x {shown_text(error)}" for error, count in digest.errors.most_common(10)],
         }
@@ -3840,10 +3841,13 @@ def shown_text(text):
     return html.escape(text if text.isprintable() else one_line(text))
 
 
-def html_relay(relay):
-    look = "bad" if relay.down else "good"
-    words = f"{shown_text(relay.name)}: {shown_text(relay.fact())}"
-    return f"<li><span class={look}>{words}</span>, {relay.established} connections"
+def html_relay(relay, now):
+    look, words = ("bad", relay_trouble(relay, now)) if relay.down else ("good", f"{relay.name} up")
+    return f"<li><span class={look}>{shown_text(words)}</span>, {relay.established} connections"
+
+
+def relay_trouble(relay, now):
+    return f"{relay.name} down, tried again in {ago(relay.again - now)}: {relay.down.replace(f'{relay.name}: ', '', 1)}"
 
 
 def html_row(row):
@@ -3855,18 +3859,18 @@ def html_row(row):
 def chart(marks):
     """An SVG of the recipients in each minute; marks: (sent, deferred, given up) in all, at each minute's beginning."""
     minutes = [[b - a for a, b in zip(before, after)] for before, after in zip(marks, marks[1:])]
-    top, bars = max(1, *map(sum, minutes)), []
+    most, bars = max(map(sum, minutes)), []
     for number, minute in enumerate(minutes):
         words = ", ".join(f"{count} {kind}" for count, kind in zip(minute, CHART_KINDS.values()))
-        ends = [100 - 100 * height / top for height in itertools.accumulate(minute)]
+        ends = [100 - 100 * height / (most or 1) for height in itertools.accumulate(minute)]
         rects = [
-            f"<rect class={look} x={10 * number + 1} width=8 y={end:.2f} height={100 * count / top:.2f} />"
+            f"<rect class={look} x={10 * number + 1} width=8 y={end:.2f} height={100 * count / most:.2f} />"
             for look, count, end in zip(CHART_KINDS, minute, ends) if count
         ]  # fmt: skip
         bars += [f"<g><title>{len(minutes) - number} min ago: {words}</title>{''.join(rects)}</g>"] if rects else []
     legend = "".join(f"<i class={look}></i>{kind}" for look, kind in CHART_KINDS.items())
     svg = f"<svg viewBox='0 0 600 100' preserveAspectRatio=none role=img aria-label='Recipients'>{''.join(bars)}</svg>"
-    return f"<li>{svg}<li class=dim>{legend}; the highest bar is {top} recipients a minute"
+    return f"<li>{svg}<li class=dim>{legend}; recipients a minute, {most} at most"
 
 
 # -- the server of the page
