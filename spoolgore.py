@@ -3571,8 +3571,8 @@ STYLE = """
   --bad: #ff8a7a; --good: #5fd39a; --sent: #5aa2f5; --deferred: #e8b04a; --lost: #f0625f } }
 body { margin: 0 auto; max-width: 80rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; color: var(--text);
   background: var(--back); overflow-wrap: anywhere }
-h1, h2, p, ul { margin: 0; padding: 0 } h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .4rem }
-li { list-style: none } .bad { color: var(--bad) } .good { color: var(--good) } .dim { color: var(--dim) }
+h1, h2, p { margin: 0 } h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .4rem }
+.bad { color: var(--bad) } .good { color: var(--good) } .dim { color: var(--dim) }
 .Mails { display: flex; flex-wrap: wrap; gap: .5rem 2rem } .Mails b { display: block; font-size: 1.6rem }
 svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--line) }
 .sent { fill: var(--sent) } .deferred { fill: var(--deferred) } .lost { fill: var(--lost) }
@@ -3591,10 +3591,14 @@ SECURITY = (
     ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
     ("Cross-Origin-Resource-Policy", "same-origin"), ("Connection", "close"),
 )  # fmt: skip
-
-
-NONE, FIRST = "<li class=dim>None", ("All mails", f"The first {PAGE_ROWS} mails")
 CHART_KINDS = {"sent": "sent", "deferred": "deferred", "lost": "given up"}
+RELAY_FIGURES = {
+    "relay_up": ("Whether a relay can be used.", lambda relay: int(not relay.down)),
+    "connections": ("Open connections.", lambda relay: relay.established),
+    "connections_opened_total": ("Connections that were opened.", lambda relay: relay.opened),
+    "transactions_total": ("SMTP transactions.", lambda relay: relay.transactions),
+    "transaction_seconds_total": ("Seconds that they took.", lambda relay: f"{relay.seconds:.6f}"),
+}
 
 
 class Digest(NamedTuple):
@@ -3710,69 +3714,39 @@ class Page:
 
     def metrics(self):
         digest, spooler = self.digest(), self.spooler
-        relays, wait = spooler.relay.relays, spooler.clock() - digest.oldest if digest.oldest else 0
+        wait = spooler.clock() - digest.oldest if digest.oldest else 0
         build = {"version": VERSION, "python": sys.version.split()[0], "gevent": gevent.__version__}
         families = [
-            ("build_info", "gauge", "What runs.", [(build, 1)]),
-            ("mails", "gauge", "Mails by state.", [({"state": kind}, n) for kind, n in self.counts(digest).items()]),
-            *(
-                (
-                    f"recipients_{kind.replace(' ', '_')}_total",
-                    "counter",
-                    f"Recipients {kind} since the start.",
-                    [({}, n)],
-                )
-                for kind, n in spooler.tally.items()
-            ),
-            ("oldest_wait_seconds", "gauge", "For how long the oldest mail has been waiting.", [({}, f"{wait:.3f}")]),
-            ("suspended", "gauge", "Whether it is suspended.", [({}, int(spooler.suspended))]),
-            *per_relay("relay_up", "gauge", "Whether a relay can be used.", relays, lambda relay: int(not relay.down)),
-            *per_relay("connections", "gauge", "Open connections.", relays, lambda relay: relay.established),
-            *per_relay(
-                "connections_opened_total",
-                "counter",
-                "Connections since the start.",
-                relays,
-                lambda relay: relay.opened,
-            ),
-            *per_relay(
-                "transactions_total",
-                "counter",
-                "SMTP transactions since the start.",
-                relays,
-                lambda relay: relay.transactions,
-            ),
-            *per_relay(
-                "transaction_seconds_total",
-                "counter",
-                "Seconds that they took.",
-                relays,
-                lambda relay: f"{relay.seconds:.6f}",
-            ),
+            ("build_info", "What runs.", [(build, 1)]),
+            ("mails", "Mails by state.", [({"state": kind}, count) for kind, count in self.counts(digest).items()]),
+            ("oldest_wait_seconds", "For how long the oldest mail has been waiting.", [({}, f"{wait:.3f}")]),
+            ("suspended", "Whether it is suspended.", [({}, int(spooler.suspended))]),
         ]
+        for kind, count in spooler.tally.items():
+            families.append((f"recipients_{kind.replace(' ', '_')}_total", f"Recipients {kind}.", [({}, count)]))
+        for name, (about, value) in RELAY_FIGURES.items():
+            families.append((name, about, [({"relay": each.name}, value(each)) for each in spooler.relay.relays]))
         return "200 OK", "text/plain; version=0.0.4", "".join(family_text(*family) for family in families)
 
     def page(self):
-        digest, spooler = self.digest(), self.spooler
-        troubles = list(self.troubles(digest))
-        where, marks = shown_text(spooler.spool.directory), [*self.marks, tuple(spooler.tally.values())]
+        digest, spooler, now = self.digest(), self.spooler, self.spooler.clock()
+        troubles, where = list(self.troubles(digest)), shown_text(spooler.spool.directory)
+        rows = "".join(map(html_row, itertools.islice(table(digest.lines, now), 1, None)))
         sections = {
-            "": [f"<li class=bad>{shown_text(line)}" for line in troubles] or ["<li class=good>All is well"],
-            "Mails": [f"<li><b>{count}</b>{kind}" for kind, count in self.counts(digest).items()],
-            "Relays": [html_relay(relay, spooler.clock()) for relay in spooler.relay.relays],
-            "The last 60 minutes": [chart(marks)],
-            "Errors": [f"<li>{count} x {shown_text(error)}" for error, count in digest.errors.most_common(10)],
+            "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
+            "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in self.counts(digest).items()],
+            "Relays": [html_relay(relay, now) for relay in spooler.relay.relays],
+            "The last 60 minutes": [chart([*self.marks, tuple(spooler.tally.values())])],
+            "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in digest.errors.most_common(10)],
+            f"The first {PAGE_ROWS} mails": [f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"],
         }
-        parts = [f"<h2>{title}</h2><ul class='{title}'>{''.join(sections[title]) or NONE}</ul>" for title in sections]
-        rows = "".join(map(html_row, itertools.islice(table(digest.lines, spooler.clock()), 1, None)))
-        return "200 OK", "text/html", (
+        return "200 OK", "text/html", "".join([
             "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=10>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<title>{'! ' if troubles else ''}Spoolgore: {where}</title><style>{STYLE}</style>"
-            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.started[:19]}Z</p>{''.join(parts)}"
-            f"<h2>{FIRST[len(digest.lines) == PAGE_ROWS]}</h2>"
-            f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"
-        )  # fmt: skip
+            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.started[:19]}Z",
+            *[f"<h2>{each}</h2><div class='{each}'>{''.join(sections[each]) or 'None'}</div>" for each in sections],
+        ])  # fmt: skip
 
 
 def look_through(mails, now):
@@ -3780,7 +3754,7 @@ def look_through(mails, now):
     first, errors, unusable, oldest = [], collections.Counter(), 0, b"~"
     for start in range(0, len(mails), PAGE_SLICE):
         some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
-        first = heapq.nsmallest(PAGE_ROWS, first + some, key=place)
+        first = heapq.nsmallest(PAGE_ROWS, first + some, key=lambda mail: (ORDER[mail.state], mail.due))
         packed = [mail for mail in some if isinstance(mail.entry, bytes)]
         found = [PACKED_ERROR.search(mail.entry) for mail in packed]
         errors.update([error_kind(json.loads(match[1])) for match in found if match])
@@ -3788,14 +3762,8 @@ def look_through(mails, now):
         times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state != ASIDE]
         oldest = min([oldest, *(match[1] for match in times if match)])
         gevent.sleep(0)
-    lines = [line for mail in first if is_shown(mail) for line in [page_line(mail, now)]]
-    return Digest(
-        sorted(lines, key=operator.itemgetter(0, 1, 2)), errors, unusable, max(0.0, moment_of(oldest.decode()))
-    )
-
-
-def place(mail):
-    return ORDER[mail.state], mail.due
+    lines = sorted(page_line(mail, now) for mail in first if is_shown(mail))
+    return Digest(lines, errors, unusable, max(0.0, moment_of(oldest.decode())))
 
 
 def is_shown(mail):
@@ -3817,22 +3785,17 @@ def page_line(mail, now):
     many = entry.count(b'"Address"') if isinstance(entry, bytes) else len(recipients(entry))
     if many > PAGE_ROWS * 5 or len(entry) > CHUNK:
         return Line(mail.due, KIND_OF[mail.state], mail.path, now, "...", f"{many} recipients", 0, "")
-    envelope = mail.envelope()
-    return line_of(mail.path, envelope, enqueued(envelope) or now)
+    return line_of(mail.path, envelope := mail.envelope(), enqueued(envelope) or now)
 
 
-def per_relay(name, kind, about, relays, value):
-    """A family of metrics with a sample for each relay; none without relays."""
-    return [(name, kind, about, [({"relay": relay.name}, value(relay)) for relay in relays])] if relays else []
-
-
-def family_text(name, kind, about, samples):
+def family_text(name, about, samples):
     """A family of metrics in Prometheus' text format; samples: (labels, value) pairs."""
-    lines = [f"# HELP spoolgore_{name} {about}", f"# TYPE spoolgore_{name} {kind}"]
+    kind = "counter" if name.endswith("_total") else "gauge"
+    lines = [f"# HELP spoolgore_{name} {about}", f"# TYPE spoolgore_{name} {kind}"] if samples else []
     for labels, value in samples:
         pairs = ",".join(f"{key}={json.dumps(one_line(text), ensure_ascii=False)}" for key, text in labels.items())
         lines.append(f"spoolgore_{name}{f'{{{pairs}}}' if pairs else ''} {value}")
-    return "\n".join(lines) + "\n"
+    return "".join(f"{line}\n" for line in lines)
 
 
 def shown_text(text):
@@ -3843,7 +3806,7 @@ def shown_text(text):
 
 def html_relay(relay, now):
     look, words = ("bad", relay_trouble(relay, now)) if relay.down else ("good", f"{relay.name} up")
-    return f"<li><span class={look}>{shown_text(words)}</span>, {relay.established} connections"
+    return f"<p><span class={look}>{shown_text(words)}</span>, {relay.established} connections"
 
 
 def relay_trouble(relay, now):
@@ -3870,7 +3833,7 @@ def chart(marks):
         bars += [f"<g><title>{len(minutes) - number} min ago: {words}</title>{''.join(rects)}</g>"] if rects else []
     legend = "".join(f"<i class={look}></i>{kind}" for look, kind in CHART_KINDS.items())
     svg = f"<svg viewBox='0 0 600 100' preserveAspectRatio=none role=img aria-label='Recipients'>{''.join(bars)}</svg>"
-    return f"<li>{svg}<li class=dim>{legend}; recipients a minute, {most} at most"
+    return f"{svg}<p class=dim>{legend}; recipients a minute, {most} at most"
 
 
 # -- the server of the page
@@ -3914,20 +3877,13 @@ def is_ours(host, local, where):
     return name in ("localhost", local.lower(), local.lower().replace("::ffff:", ""), where.host.lower())
 
 
-def most_visitors(descriptors):
-    return int(max(10, min(VISITORS, descriptors / 4)))
-
-
 def head_of(sock):
-    """The head of a request; nothing if it is too slow or ends too early. Raises OSError."""
+    """The head of a request; nothing if it is too long or too slow, or ends too early. Raises OSError."""
     head = b""
     with gevent.Timeout(REQUEST_SECONDS, False):
-        while b"\n\r\n" not in head and len(head) <= REQUEST_LIMIT:
-            if not (more := sock.recv(REQUEST_LIMIT)):
-                return b""
+        while b"\n\r\n" not in head and len(head) <= REQUEST_LIMIT and (more := sock.recv(REQUEST_LIMIT)):
             head += more
-        return head
-    return b""
+    return head if b"\n\r\n" in head and len(head) <= REQUEST_LIMIT else b""
 
 
 def visit_class(pywsgi):
@@ -3935,14 +3891,13 @@ def visit_class(pywsgi):
 
     class Visit(pywsgi.WSGIHandler):
         def read_requestline(self):
-            head = head_of(self.socket)
-            self.rfile, self.is_long = io.BytesIO(head), len(head) > REQUEST_LIMIT
+            self.rfile = io.BytesIO(head_of(self.socket))
             self.socket.settimeout(ANSWER_SECONDS)
             return super().read_requestline()
 
         def read_request(self, raw_requestline):
             try:
-                return not self.is_long and super().read_request(raw_requestline)
+                return super().read_request(raw_requestline)
             except Exception as error:  # noqa: BLE001 -- of anything else gevent prints a traceback
                 raise ValueError(describe(error)) from None
 
@@ -3950,9 +3905,8 @@ def visit_class(pywsgi):
             return {**super().get_environ(), "LOCAL": self.socket.getsockname()}
 
         def handle_error(self, kind, error, trace):
-            if isinstance(error, OSError):  # it reads too slowly, or has gone
-                self.close_connection = True
-            else:
+            self.close_connection = True
+            if not isinstance(error, OSError):  # that it reads too slowly, or has gone, is no news
                 super().handle_error(kind, error, trace)
 
     return Visit
@@ -4871,7 +4825,7 @@ def check_status_path(path):
 def serve(options):
     """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
     descriptors = raise_descriptor_limit()
-    visitors = most_visitors(descriptors) if options.http else 0
+    visitors = int(max(10, min(VISITORS, descriptors / 4))) if options.http else 0
     options = options._replace(concurrency=affordable(options.concurrency, descriptors - visitors))
     spool, queue = Spool(options.directory, options.json), Queue()
     status = Status(queue, spool)

@@ -8543,10 +8543,10 @@ def test_the_page_shows_errors_mails_and_the_last_hour(spool, status, monkeypatc
     ask, spooler = page_of(spool, status)
     counted(spooler)
     text = ask("/")[2]
-    assert "<li>2 x 451 ... later<li>" in text and "x@x.org" not in text
+    assert "<p>2 x 451 ... later<p>" in text and "x@x.org" not in text
     shown = re.findall(r"data-name='FILE'>([^<]*)", text)
     assert sorted(shown) == ["deferred", "deferred too", "given up", "unusable", "waiting"]
-    assert shown[-2:] == ["given up", "unusable"] and "<rect" not in text and "All mails" in text
+    assert shown[-2:] == ["given up", "unusable"] and "<rect" not in text
     spooler.tally.update({"sent": 30, "deferred": 9, "given up": 1})
     spooler.page.marks.append((10, 0, 0))
     text = ask("/")[2]
@@ -8583,7 +8583,7 @@ def test_a_hundred_thousand_mails_take_the_loop_for_milliseconds(spool, status, 
         code, _, text = ask(path)
         steps.append(time.thread_time() - began[0])
         assert code == (503 if path == "/health" and "waiting" in text else 200)
-        assert path != "/" or (len(re.findall("<tr><td", text)) == 100 and "<li>100000 x 451 " in text)
+        assert path != "/" or (len(re.findall("<tr><td", text)) == 100 and "<p>100000 x 451 " in text)
     assert max(steps) < 0.02 and len(steps) > 1000
     steps.clear()
     ask("/metrics", fresh=False)
@@ -8620,8 +8620,10 @@ def test_the_page_is_at_a_socket_for_its_owner_and_answers_once(spool, scripted,
     for words in ("nonsense", "GET /", "GET / HTTP/9.9", "GET / HTTP/x"):
         assert get(where, request=f"{words}\r\n\r\n")[0] in (200, 400)
     assert get(where, request="GET / HTTP/1.1\r\n" + "X: y\r\n" * 150 + "\r\n")[0] == 400
-    assert get(where, request="GET / HTTP/1.1\r\nX: " + "y" * 9000 + "\r\n\r\n")[0] in (0, 400)
-    assert get(where, request="GET /" + "y" * 9000 + " HTTP/1.1\r\n\r\n")[0] in (0, 400, 414)
+    assert get(where, request="GET / HTTP/1.1\r\nX: " + "y" * 8000 + "\r\n\r\n")[0] == 200
+    for words in ("GET / HTTP/1.1\r\nX: " + "y" * 8190, "GET /" + "y" * 8190 + " HTTP/1.1"):
+        with contextlib.suppress(ConnectionError):  # it was closed with something unread
+            assert get(where, request=f"{words}\r\n\r\n")[0] == 0
     with tempfile.TemporaryDirectory() as other:
         second = run("-http", f"unix:{where}", directory=other)
         assert (second.status_code, second.lines) == (1, [f"Address already in use: -http unix:{where}"])
