@@ -1,7 +1,11 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.9"
-# dependencies = ["gevent>=22.10", "docopt>=0.6.2"]
+# dependencies = [
+#   'gevent>=22.10 ; python_version >= "3.10"',
+#   'gevent>=22.10,<26 ; python_version < "3.10"',
+#   "docopt>=0.6.2",
+# ]
 # ///
 """Spoolgore: sends the mails that applications drop into a directory.
 
@@ -10,7 +14,7 @@ soon as it is there, tried again on any error, and removed when every
 recipient has it.
 
 Usage:
-  spoolgore.py [options] DIRECTORY
+  spoolgore.py [options] DIRECTORY [NAME...]
   spoolgore.py -check [options] [DIRECTORY]
 
 Relay options:
@@ -62,8 +66,13 @@ Status options:
                          is for Prometheus, /health for monitors
   -failcommand COMMAND   run this shell command for each mail that was given
                          up, with its entry as JSON on standard input
-  -status                print how the spool is doing and exit: 0, or 1 when no
-                         daemon runs or a mail was given up
+  -status                print how the spool is doing, or all about the mails
+                         NAME, and exit: 0; 1 when somebody should look; 69
+                         when no daemon runs
+  -older AGE             somebody should look when a mail waits for longer:
+                         90s, 15m, 2h, 3d; 0 for never [default: 1h]
+  -format FORMAT         of -status: text, or json (an object a line, the
+                         summary first) [default: text]
 
   -check                 talk to each relay, and print what it is like: the
                          address that answers, its certificate, what it offers,
@@ -85,10 +94,22 @@ Signals:
   SIGTERM, SIGINT        finish what is in flight (10 s at most) and exit
 """
 
-if __name__ == "__main__":  # importing the module never patches the importer
-    from gevent import monkey
+import sys
+import warnings
 
-    monkey.patch_all()
+try:
+    if __name__ == "__main__":  # importing the module never patches the importer
+        from gevent import monkey
+
+        monkey.patch_all()
+    with warnings.catch_warnings():  # docopt 0.6.2's own, since Python 3.12
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import docopt
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    hint = "apt install python3-gevent python3-docopt, or: pip install gevent docopt"
+    sys.exit(f"spoolgore.py needs {error.name or error}, which is not installed for {sys.executable}: {hint}")
 
 import atexit
 import base64
@@ -120,7 +141,6 @@ import socket
 import ssl
 import stat
 import struct
-import sys
 import time
 import traceback
 import unicodedata
@@ -129,7 +149,6 @@ from datetime import datetime, timezone
 from encodings.idna import nameprep
 from typing import NamedTuple
 
-import docopt
 import gevent
 import gevent.event
 import gevent.lock
@@ -189,7 +208,7 @@ STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
 FAIL_SECONDS = 60  # -failcommand's for one mail
 FAIL_LINE = 1000  # so many mails wait for it at most
 HTTP_PORT = 8025
-EX_OK, EX_ERROR, EX_USAGE, EX_TEMPFAIL = 0, 1, 2, 75
+EX_OK, EX_ERROR, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL = 0, 1, 2, 69, 75
 
 
 # --------------------------------------------------------------------- log
@@ -279,6 +298,9 @@ class Options(NamedTuple):
     checkto: str
     http: str  # unix:PATH, or an Address
     failcommand: str
+    older: float  # infinity for never
+    format: str
+    names: list  # of mails, with -status
 
 
 class Address(NamedTuple):
@@ -392,13 +414,23 @@ def parse_address(flag, text, default_port):
     return Address(match[1] or match[2] or "localhost", port)
 
 
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
 def parse_rate(text):
     """(recipients, seconds) pairs from limits like ``14/s,50000/d``."""
-    seconds = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     limits = [re.fullmatch(r"([1-9]\d{0,8})/([smhd])", part.strip()) for part in text.split(",")] if text else []
     if not all(limits):
         raise bad_value("rate", text, "not limits like 14/s,50000/d")
-    return [(int(limit[1]), seconds[limit[2]]) for limit in limits]
+    return [(int(limit[1]), UNITS[limit[2]]) for limit in limits]
+
+
+def parse_age(text):
+    """Seconds from ``90s``, ``15m``, ``2h`` or ``3d``; infinity from 0."""
+    match = re.fullmatch(r"(\d{1,9})([smhd])", text, re.ASCII)
+    if not match and text != "0":
+        raise bad_value("older", text, "not a time like 90s, 15m, 2h or 3d")
+    return int(match[1]) * UNITS[match[2]] if match and int(match[1]) else math.inf
 
 
 def parse_options(argv, doc=None):
@@ -413,7 +445,7 @@ def parse_options(argv, doc=None):
     if "--version" in words:
         raise SystemExit(print(f"spoolgore.py {VERSION}"))
     directories = [word for word in words if not word.startswith("--")]
-    if len(directories) > 1:
+    if len(directories) > 1 and "--status" not in words:
         raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
     found = docopt.docopt(docopt_text(doc), words, False)
@@ -431,7 +463,7 @@ def typed(found):
     switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status", "check")}
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
-    parsed["http"] = parse_listener(found["http"])
+    parsed.update(older=parse_age(found["older"]), names=found["NAME"], http=parse_listener(found["http"]))
     values = {**found, **switches, **numbers, **parsed}
     return Options(**{name: values[name] for name in Options._fields})
 
@@ -439,6 +471,7 @@ def typed(found):
 def check_words(found):
     """Texts that stay texts. Raises UsageError."""
     check_choice("tls", found["tls"], ("auto", "starttls", "smtps", "off"))
+    check_choice("format", found["format"], ("text", "json"))
     check_choice("smtpauth", found["smtpauth"], ("", "plain", "login", "cram-md5", "xoauth2"))
     check_user(found, "smtpauth", "smtpuser", "smtpmd5user")
     check_user(found, "smtppasswordcommand", "smtpuser", "smtpmd5user")
@@ -930,7 +963,7 @@ MOVES = {
 }
 STATUS_NUMBERS = {WAITING: 0, IN_FLIGHT: 1, DELIVERED: 2, GIVEN_UP: 2}
 FIELDS = ("To", "Cc", "Bcc")
-TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
+TIME = re.compile(r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
 
@@ -941,7 +974,7 @@ def format_time(seconds):
 
 def parse_time(text):
     """Seconds since 1970 from RFC 3339 text; Go's zero time is far in the past. Raises ValueError."""
-    if text[26:] == "Z" and text[7] + text[10] + text[19] == "-T.":  # nearly all, since format_time() made them
+    if text[26:] == "Z" and text[7] + text[10] + text[19] == "-T." and text[11:13] < "24":  # format_time() made it
         return datetime.fromisoformat(f"{text[:26]}+00:00").timestamp()
     match = TIME.fullmatch(text)
     if not match:
@@ -1136,7 +1169,7 @@ IN_LINE, FLYING, RESTING, HELD, STUCK, ASIDE, LEFT = STATES = (
     "resting",  # until it is due
     "held",  # until the relay is up
     "stuck",  # until its file changes
-    "aside",  # given up: its file is in .failed
+    "aside",  # given up: its file is in .failed; or it is held by its user: there is a dot before its name
     "left",  # not here: whoever still holds it lets it go
 )
 MOVES_OF_MAILS = {
@@ -1144,8 +1177,8 @@ MOVES_OF_MAILS = {
     *((FLYING, new) for new in (IN_LINE, RESTING, HELD, STUCK, ASIDE, LEFT)),
     *((waits, new) for waits in (RESTING, HELD, STUCK) for new in (IN_LINE, RESTING, FLYING, LEFT)),
     *((IN_LINE, new) for new in (FLYING, LEFT)),
-    (RESTING, ASIDE),  # put aside just before a crash
-    (ASIDE, LEFT),
+    *((waits, ASIDE) for waits in (IN_LINE, RESTING, HELD, STUCK)),  # put aside just before a crash; held
+    *((ASIDE, new) for new in (RESTING, FLYING, LEFT)),
 }
 AWAY_LIMIT = 1000  # how many partly delivered mails are recognised when they come back
 
@@ -1153,14 +1186,15 @@ AWAY_LIMIT = 1000  # how many partly delivered mails are recognised when they co
 class Mail:
     """One file of the spool, from when its name is seen until it is settled. See Queue."""
 
-    __slots__ = ("path", "state", "due", "entry", "identity", "seen", "whole", "forced", "need", "news")
+    __slots__ = ("path", "state", "due", "entry", "identity", "seen", "print", "whole", "forced", "need", "news")
 
     def __init__(self, path, entry=None):
         self.path, self.state = path, LEFT
         self.due = 0.0  # until when it rests
         self.entry = entry  # the envelope: a dict in flight, packed at rest; None until it was read
         self.identity = None  # of its file, in flight and where it may be needed later
-        self.seen = None  # signature of the file of a STUCK mail
+        self.seen = None  # signature of the file of a STUCK mail; device and inode of one that is held
+        self.print = 0  # hash of its file's latest identity; 0 if it was not opened since the start
         self.whole = False  # its file was seen to be closed, or to be moved here
         self.forced = False  # flushed: everybody who waits is due
         self.need = 1  # recipients of its next transaction, as far as that is known
@@ -3021,7 +3055,8 @@ class Relays:
     def send(self, sender, addresses, message):
         for relay in self.relays:
             with contextlib.suppress(RelayDown):
-                return relay.send(sender, addresses, message)
+                outcomes = relay.send(sender, addresses, message)
+                return outcomes if len(self.relays) == 1 else dict(by(relay, *pair) for pair in outcomes.items())
         raise RelayDown(self.down or "the relays are unavailable")
 
     def poke(self):
@@ -3070,6 +3105,12 @@ def ask_for_leave(connection, address, witness):
     connection.send(b"RSET\r\n")
     connection.reply()
     return EX_OK if reply.ok else EX_ERROR
+
+
+def by(relay, address, outcome):
+    """The pair as it is; who has the mail is told by whom."""
+    delivered = outcome.verdict is Verdict.DELIVERED
+    return address, outcome._replace(text=f"{relay.name}: {outcome.text}") if delivered else outcome
 
 
 class Printer(Relays):
@@ -3271,22 +3312,38 @@ class Line(NamedTuple):
     recipient: str
     attempts: int
     error: str
+    entry: str = "null"  # as JSON, where it is asked for
 
 
 TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
+PATIENT = KINDS[:4]  # the kinds that wait to be sent
 
 
-def lines_of(entries, paths, now, running=True, mtime=modified):
+def lines_of(entries, paths, now, running=True, mtime=modified, whole=False):
     """A Line for each mail, due first: entries are (path, entry) pairs, paths those of the files. Its entry says since
     when it is here; only who has none is asked for his file's mtime, since that takes longer than all the rest."""
-    left, lines = set(paths), []
+    left, lines, lost = set(paths), [], {}
     for path, entry in entries:
         if path in left:
             left.remove(path)
-            lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running))
-    lines += [line_without_entry(path, since, now) for path in left if (since := mtime(path))]
+            lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running, whole))
+        elif (
+            not envelope_problem(entry) and state_of_all(entry) == GIVEN_UP
+        ):  # the status file does not know where to yet
+            lost[os.path.basename(path)] = entry
+    for path in left:
+        if since := mtime(path):
+            entry = lost.get(re.sub(r"\.\d+\Z", "", os.path.basename(path))) or lost.get(os.path.basename(path))
+            is_known = entry and is_aside(path)
+            lines.append(
+                line_of(path, entry, since, running, whole) if is_known else line_without_entry(path, since, now)
+            )
     return sorted(lines, key=operator.itemgetter(0, 1, 2))
+
+
+def is_aside(path):
+    return os.path.basename(os.path.dirname(path)) == ".failed"
 
 
 def enqueued(entry):
@@ -3304,12 +3361,12 @@ def moment_of(text):
 
 def line_without_entry(path, since, now):
     """What was just put aside may not be in the status file yet."""
-    if os.path.basename(os.path.dirname(path)) == ".failed":
+    if is_aside(path):
         return Line(math.inf, "given up", path, since, "", "", 0, "")
     return Line(now, "new", path, since, "", "", 0, "")
 
 
-def line_of(path, envelope, since, running=True):
+def line_of(path, envelope, since, running=True, whole=False):
     if problem := envelope_problem(envelope):
         return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
     if not running:
@@ -3318,12 +3375,13 @@ def line_of(path, envelope, since, running=True):
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     concerned = left or [recipient for recipient in everybody if recipient["Error"]]
     sender, error = bare(envelope.get("From")), str(envelope.get("Error") or "")  # an edit may have made anything of it
-    kind = "unusable" if error else kind_of(left, concerned)
+    kind, entry = "unusable" if error else kind_of(left, concerned), json.dumps(envelope) if whole else "null"
     if not concerned:
-        return Line(math.inf, kind, path, since, sender, "", 0, error)
+        return Line(math.inf, kind, path, since, sender, "", 0, error, entry)
     due, shown = first_due(concerned)
     to = shown["Address"] if len(concerned) == 1 else f"{shown['Address']} +{len(concerned) - 1}"
-    return Line(due if left else math.inf, kind, path, since, sender, to, shown["Attempts"], error or shown["Error"])
+    due, error = due if left else math.inf, error or shown["Error"]
+    return Line(due, kind, path, since, sender, to, shown["Attempts"], error, entry)
 
 
 def first_due(some):
@@ -3356,33 +3414,111 @@ def ago(seconds):
     return f"{max(0, seconds):.0f}s"
 
 
-def daemon_line(owner, now):
-    """owner: the daemon that has the spool, as Spool.owner() says."""
-    if not owner:
-        return "daemon: not running"
-    pid, is_suspended = owner["pid"], owner.get("suspended") == "yes"
-    state, hint = ("suspended", f"; kill -URG {pid} ends it") if is_suspended else ("running", "")
-    return f"daemon: {state}, pid {pid}, since {ago(now - moment_of(owner.get('since')))}{hint}"
+# What one error has and another that means the same has not: addresses, numbers in brackets, names of queue files.
+PARTICULAR = re.compile(
+    r"<[^<>]*>|[^<>(),:;]+@[^<>(),:;]+|(?<![\w.-])(?:(?=[A-F]*\d)(?=\d*[A-F])[0-9A-F]{3,}"
+    r"|(?=[A-Za-z-]*\d[A-Za-z-]*\d)[\w-]{8,}(?:\.\d+)?)(?![\w-]|\.\w)"
+)
 
 
-def summary(lines, owner, now):
+def grouped(errors):
+    """Errors and their counts, those that mean the same taken together: a Counter from text to how often."""
+    alike = collections.Counter()
+    for error, count in errors.items():
+        alike[" ".join(filter(None, map(general, error.split()))).replace(" :", ":").strip(" :")] += count
+    return alike
+
+
+@functools.lru_cache(maxsize=100_000)  # relays have few words
+def general(word):
+    return PARTICULAR.sub("", word)
+
+
+def relays_of(facts):
+    """Each relay of the facts, as Relay.fact() tells of it."""
+    for key, value in facts.items():
+        if key.startswith("relay "):
+            state, again, reason = [*value.split(", ", 2), "", ""][:3]
+            again = again.replace("tried again ", "", 1)
+            yield {"address": key[6:], "state": state, "again": again, "reason": reason}
+
+
+def summary_of(lines, facts, now, older=math.inf):
+    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds."""
+    facts, kinds = facts or {}, collections.Counter(line.kind for line in lines)
+    state = "not running" if not facts else "suspended" if facts.get("suspended") == "yes" else "running"
+    is_today = facts.get("today") == time.strftime("%Y-%m-%d", time.localtime(now))
+    oldest = min((line for line in lines if line.kind in PATIENT), key=lambda line: line.since, default=None)
+    summary = {
+        "daemon": state,
+        **{key: facts.get(key) for key in ("version", "since")},
+        "pid": int_or_zero(facts.get("pid")),
+        "relays": [*relays_of(facts)],
+        "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
+        "sent": int_or_zero(facts.get("sent")),
+        "next_turn": facts.get("next turn"),
+        "mails": {kind: kinds[kind] for kind in KINDS},
+        "oldest": oldest and {"path": oldest.path, "seconds": round(now - oldest.since)},
+        "errors": dict(grouped(collections.Counter(line.error for line in lines if line.error)).most_common()),
+    }
+    return {**summary, "attention": [*attention(summary, older)]}
+
+
+def attention(summary, older):
+    """Why somebody should look; nothing when all is well. Needs a summary's daemon, relays, mails and oldest."""
+    if summary["daemon"] != "running":
+        yield f"the daemon is {summary['daemon']}"
+    for relay in summary["relays"]:
+        if relay["state"] != "up":
+            yield f"relay {relay['address']} is down"
+    for kind in ("given up", "unusable"):
+        if count := summary["mails"][kind]:
+            yield f"{count} {kind}"
+    if summary["oldest"] and summary["oldest"]["seconds"] > older:
+        yield f"a mail waits for {ago(summary['oldest']['seconds'])}"
+
+
+def headlines(summary, now):
     """The lines above the table."""
-    kinds = collections.Counter(line.kind for line in lines)
-    errors = collections.Counter(line.error for line in lines if line.error)
-    yield daemon_line(owner, now)
-    yield "mails: " + ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS)
-    if lines:
-        oldest = min(lines, key=lambda line: line.since)
-        yield f"oldest: {ago(now - oldest.since)}, {oldest.path}"
-    for error, count in errors.most_common(5):
+    yield daemon_line(summary, now)
+    for relay in summary["relays"]:
+        if relay["state"] != "up":
+            again = ago(moment_of(relay["again"]) - now)
+            yield f"relay: {relay['address']} is {relay['state']}, tried again in {again}, {relay['reason']}"
+    if summary["daemon"] != "not running":
+        yield f"sent: {summary['sent_today']} today, {summary['sent']} since the start"
+    if summary["next_turn"]:
+        yield f"rate: the next turn is in {ago(moment_of(summary['next_turn']) - now)}"
+    yield "mails: " + ", ".join(f"{count} {kind}" for kind, count in summary["mails"].items())
+    if oldest := summary["oldest"]:
+        yield f"oldest: {ago(oldest['seconds'])}, {oldest['path']}"
+    for error, count in itertools.islice(summary["errors"].items(), 5):
         yield f"error: {count} x {error}"
+    if summary["attention"]:
+        yield f"attention: {', '.join(summary['attention'])}"
 
 
-def table(lines, now):
+def daemon_line(summary, now):
+    if summary["daemon"] == "not running":
+        return "daemon: not running"
+    hint = f"; kill -URG {summary['pid']} ends it" if summary["daemon"] == "suspended" else ""
+    since, version = ago(now - moment_of(summary["since"])), f"version {summary['version']}"
+    return f"daemon: {summary['daemon']}, pid {summary['pid']}, {version}, since {since}{hint}"
+
+
+def held_by(summary):
+    """What a mail waits for whose time has come."""
+    relays = summary["relays"]
+    if relays and all(relay["state"] != "up" for relay in relays):
+        return "relay"
+    return "rate" if summary["next_turn"] else "now"
+
+
+def table(lines, now, held="now"):
     """Rows of text; the first is the heading."""
     yield TITLES
-    for due, kind, path, since, sender, recipient, attempts, error in lines:
-        wait = "-" if due == math.inf else ago(due - now) if due > now else "now"
+    for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
+        wait = "-" if due == math.inf else ago(due - now) if due > now else "now" if kind == "in flight" else held
         name = path.rpartition(os.sep)[2]
         sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
         yield (name, kind, ago(now - since), sender, recipient, str(attempts), wait, error)
@@ -3396,19 +3532,65 @@ def aligned(rows, width):
     return [one_line(form % row)[: width or None].rstrip() for row in rows]
 
 
+def text_report(lines, summary, now, width=0, height=math.inf):
+    """Lines of text, cut to a terminal's size if there is one."""
+    text = [one_line(line)[: width or None] for line in headlines(summary, now)]
+    if lines:
+        most = max(1, height - len(text) - 4)  # an empty line, the heading, what is left out, the prompt
+        shown = lines if len(lines) <= most else lines[: int(most)]
+        text += ["", *aligned(table(shown, now, held_by(summary)), width)]
+        text += [f"... and {len(lines) - len(shown)} more"] if len(shown) < len(lines) else []
+    return text
+
+
+def json_line(line):
+    """A mail as JSON. since, next: seconds since 1970, or null for never; entry: as in the status file, or null."""
+    due = "null" if line.due == math.inf else f"{line.due:.0f}"
+    mail = f'"path": {json.dumps(line.path)}, "state": "{line.kind}", "since": {line.since:.0f}, "next": {due}'
+    return f'{{{mail}, "entry": {line.entry}}}'
+
+
+def all_about(line, now):
+    """Lines of text about one mail and each of its recipients."""
+    envelope = json.loads(line.entry)
+    yield line.path
+    yield f"  {line.kind}, for {ago(now - line.since)}, from {line.sender or '<>'}{line.error and ', '}{line.error}"
+    for recipient in recipients(envelope) if envelope else ():
+        what, wait = state(recipient), next_attempt_of(recipient) - now
+        next_in = f", next in {ago(wait)}" if what == WAITING else ""
+        attempts = f", attempts: {recipient['Attempts']}{next_in}" if what != DELIVERED else ""
+        yield f"  {recipient['Address']}: {what}{attempts}{recipient['Error'] and ', '}{recipient['Error']}"
+
+
 def report(options, stream, now):
     """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
-    spool = Spool(options.directory, options.json)
+    spool, in_json = Spool(options.directory, options.json), options.format == "json"
     gc.disable()  # many small objects, and none of them garbage
-    paths, owner = [*spool.mails(), *spool.list_failed()], spool.owner()
-    lines = lines_of(spool.at_home(read_status(spool.status_path)), paths, now, bool(owner))
-    width = shutil.get_terminal_size().columns if stream.isatty() else 0
-    text = [one_line(line)[: width or None] for line in summary(lines, owner, now)]
-    if lines:
-        text += ["", *aligned(table(lines, now), width)]
+    paths, facts = [*spool.mails(), *spool.list_failed()], spool.owner()
+    entries = spool.at_home(read_status(spool.status_path))
+    lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
+    if options.names:
+        return report_on(options.names, lines, stream, now, in_json)
+    summary, (width, height) = summary_of(lines, facts, now, options.older), shutil.get_terminal_size()
+    size = (width, height) if stream.isatty() else ()
+    text = [json.dumps(summary), *map(json_line, lines)] if in_json else text_report(lines, summary, now, *size)
     stream.write("\n".join(text) + "\n")
-    healthy = owner and not any(line.kind == "given up" for line in lines)
-    return EX_OK if healthy else EX_ERROR
+    return EX_UNAVAILABLE if not facts else EX_ERROR if summary["attention"] else EX_OK
+
+
+def report_on(names, lines, stream, now, in_json):
+    """Print all about the mails of these names; EX_ERROR if one of them is not there."""
+    found = {}
+    for line in lines:
+        found.setdefault(os.path.basename(line.path), []).append(line)
+    status = EX_OK
+    for name in map(os.path.basename, names):
+        if name not in found:
+            status = complain(f"{name} is not in the spool: it was sent, or removed, or never there")
+        for line in found.get(name, ()):
+            text = [json_line(line)] if in_json else map(one_line, all_about(line, now))
+            stream.write("\n".join(text) + "\n")
+    return status
 
 
 class Progress:
@@ -3553,7 +3735,6 @@ class FailCommand:
 #    at a time, and what it found serves everybody for twenty times as long as that took.
 # 3. What comes from a mail, a relay or a file's name gets into the page by shown_text() and by nothing else.
 
-OLD_SECONDS = 3600  # a mail that waits for longer is trouble
 PAGE_ROWS, PAGE_SLICE = 100, 200  # mails that are shown, and looked at in one turn
 PAGE_SECONDS = 1  # an answer is good for so long
 TEXT = "text/plain; charset=utf-8"
@@ -3606,7 +3787,7 @@ class Digest(NamedTuple):
 
     lines: list  # a Line of each of the first mails
     errors: collections.Counter
-    unusable: int
+    mails: dict  # how many are unusable, and given up: the queue's own counts have more than these
     oldest: float  # when the mail that waits for longest was first seen, in seconds since 1970; 0 if none waits
 
 
@@ -3687,39 +3868,37 @@ class Page:
             self._good_until = began + 21 * (time.monotonic() - began)
         return self._digest
 
-    def troubles(self, digest):
-        """Why somebody should look, as texts."""
-        spooler, now = self.spooler, self.spooler.clock()
-        if spooler.suspended:
-            yield "suspended"
-        yield from [f"relay {relay_trouble(relay, now)}" for relay in spooler.relay.relays if relay.down]
-        if aside := spooler.queue.counts[ASIDE]:
-            yield f"{aside} given up"
-        if digest.unusable:
-            yield f"{digest.unusable} unusable"
-        if digest.oldest and (wait := now - digest.oldest) > OLD_SECONDS:
-            yield f"a mail has been waiting for {ago(wait)}"
+    def summary(self, digest):
+        """What -status says above its table, as far as attention() needs it."""
+        spooler, mails = self.spooler, dict.fromkeys(KIND_OF.values(), 0)
+        for state, kind in KIND_OF.items():
+            mails[kind] += spooler.queue.counts[state]
+        mails.update(digest.mails)
+        seconds = round(spooler.clock() - digest.oldest)
+        return {
+            "daemon": "suspended" if spooler.suspended else "running",
+            "relays": [*relays_of(spooler.facts())],
+            "mails": mails,
+            "oldest": {"seconds": seconds} if digest.oldest else None,
+            "next_turn": spooler.turn(),
+        }
+
+    def troubles(self, summary):
+        return [*attention(summary, self.spooler.options.older)]
 
     def health(self):
-        troubles = list(self.troubles(self.digest()))
+        troubles = self.troubles(self.summary(self.digest()))
         text = "".join(f"{one_line(line)}\n" for line in troubles)
         return "503 Service Unavailable" if troubles else "200 OK", "text/plain", text or "ok\n"
 
-    def counts(self, digest):
-        """A dict from what mails are called to how many there are."""
-        counts = dict.fromkeys(KIND_OF.values(), 0)
-        for state, kind in KIND_OF.items():
-            counts[kind] += self.spooler.queue.counts[state]
-        return {**counts, "unusable": digest.unusable}  # what is no mail is stuck, too
-
     def metrics(self):
-        digest, spooler = self.digest(), self.spooler
-        wait = spooler.clock() - digest.oldest if digest.oldest else 0
+        spooler, summary = self.spooler, self.summary(self.digest())
+        wait, mails = summary["oldest"]["seconds"] if summary["oldest"] else 0, summary["mails"]
         build = {"version": VERSION, "python": sys.version.split()[0], "gevent": gevent.__version__}
         families = [
             ("build_info", "What runs.", [(build, 1)]),
-            ("mails", "Mails by state.", [({"state": kind}, count) for kind, count in self.counts(digest).items()]),
-            ("oldest_wait_seconds", "For how long the oldest mail has been waiting.", [({}, f"{wait:.3f}")]),
+            ("mails", "Mails by state.", [({"state": kind}, count) for kind, count in mails.items()]),
+            ("oldest_wait_seconds", "For how long the oldest mail has been waiting.", [({}, wait)]),
             ("suspended", "Whether it is suspended.", [({}, int(spooler.suspended))]),
         ]
         for kind, count in spooler.tally.items():
@@ -3730,12 +3909,13 @@ class Page:
 
     def page(self):
         digest, spooler, now = self.digest(), self.spooler, self.spooler.clock()
-        troubles, where = list(self.troubles(digest)), shown_text(spooler.spool.directory)
-        rows = "".join(map(html_row, itertools.islice(table(digest.lines, now), 1, None)))
+        summary, where = self.summary(digest), shown_text(spooler.spool.directory)
+        troubles = self.troubles(summary)
+        rows = "".join(map(html_row, itertools.islice(table(digest.lines, now, held_by(summary)), 1, None)))
         sections = {
             "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
-            "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in self.counts(digest).items()],
-            "Relays": [html_relay(relay, now) for relay in spooler.relay.relays],
+            "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in summary["mails"].items()],
+            "Relays": [html_relay(relay, now) for relay in summary["relays"]],
             "The last 60 minutes": [chart([*self.marks, tuple(spooler.tally.values())])],
             "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in digest.errors.most_common(10)],
             f"The first {PAGE_ROWS} mails": [f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"],
@@ -3751,29 +3931,27 @@ class Page:
 
 def look_through(mails, now):
     """The Digest of a queue, a slice in each turn of the loop."""
-    first, errors, unusable, oldest = [], collections.Counter(), 0, b"~"
+    first, errors, kinds, oldest = [], collections.Counter(), collections.Counter(), b"~"
     for start in range(0, len(mails), PAGE_SLICE):
         some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
         first = heapq.nsmallest(PAGE_ROWS, first + some, key=lambda mail: (ORDER[mail.state], mail.due))
         packed = [mail for mail in some if isinstance(mail.entry, bytes)]
         found = [PACKED_ERROR.search(mail.entry) for mail in packed]
-        errors.update([error_kind(json.loads(match[1])) for match in found if match])
-        unusable += sum(mail.state == STUCK for mail in some)
-        times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state != ASIDE]
+        errors.update(grouped(collections.Counter(json.loads(match[1])[:300] for match in found if match)))
+        kinds.update(KIND_OF[mail.state] for mail in some if mail.state in (STUCK, ASIDE))
+        times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state not in (STUCK, ASIDE)]
         oldest = min([oldest, *(match[1] for match in times if match)])
         gevent.sleep(0)
     lines = sorted(page_line(mail, now) for mail in first if is_shown(mail))
-    return Digest(lines, errors, unusable, max(0.0, moment_of(oldest.decode())))
+    kinds = {kind: kinds[kind] for kind in ("unusable", "given up")}
+    return Digest(lines, errors, kinds, max(0.0, moment_of(oldest.decode())))
 
 
 def is_shown(mail):
-    """Not what has left, and not what is no mail at all."""
+    """Not what has left or is held by its user, and not what is no mail at all."""
+    if mail.state == ASIDE:
+        return is_aside(mail.path)
     return mail.state != LEFT and (mail.state != STUCK or mail.entry is not None)
-
-
-def error_kind(error):
-    """An error without what differs from one mail to the next."""
-    return re.sub(r"\S*@\S*", "...", error[:300])
 
 
 def page_line(mail, now):
@@ -3805,12 +3983,11 @@ def shown_text(text):
 
 
 def html_relay(relay, now):
-    look, words = ("bad", relay_trouble(relay, now)) if relay.down else ("good", f"{relay.name} up")
-    return f"<p><span class={look}>{shown_text(words)}</span>, {relay.established} connections"
-
-
-def relay_trouble(relay, now):
-    return f"{relay.name} down, tried again in {ago(relay.again - now)}: {relay.down.replace(f'{relay.name}: ', '', 1)}"
+    """relay: as relays_of() has it."""
+    if relay["state"] == "up":
+        return f"<p class=good>{shown_text(relay['address'])} is up"
+    again = ago(moment_of(relay["again"]) - now)
+    return f"<p class=bad>{shown_text(relay['address'])} is down, tried again in {again}: {shown_text(relay['reason'])}"
 
 
 def html_row(row):
@@ -3991,8 +4168,11 @@ class Delivery:
             return self.rest(spooler.clock() + QUIET_SECONDS)
         if refused:
             log(f"{self.path} is sent, though somebody has it open for writing: it was left alone for a minute")
-        self.size, self.names = status.st_size, status.st_nlink
-        return self.is_its_own(identity(status))
+        self.size, self.names, known = status.st_size, status.st_nlink, identity(status)
+        if not self.is_its_own(known):
+            return False
+        self.mail.print = hash(known)
+        return True
 
     def is_its_own(self, known):
         """False when the file is another mail's, which has one more name, or a new one."""
@@ -4184,7 +4364,7 @@ class Delivery:
             move(recipient, DELIVERED)
             mail.news = self.spooler.queue.epoch
             self.spooler.tally["sent"] += 1
-            log(f"{self.path} successfully sent to {recipient['Address']}")
+            log(f"{self.path} successfully sent to {recipient['Address']}{text and ': '}{text}")
         elif verdict is Verdict.AGAIN:
             move(recipient, WAITING, text)
         elif recipient["Attempts"] + 1 >= options.attempts:
@@ -4289,6 +4469,8 @@ class Delivery:
             return True
         if self.is_touched():
             return True
+        if self.spooler.is_held(mail):
+            return False
         is_somewhere = self.file.closed or os.fstat(self.file.fileno()).st_nlink
         (queue.lose if is_somewhere else queue.drop)(mail)
         return False
@@ -4621,6 +4803,7 @@ class Spooler:
             self.appeared(self.spool.path(name), whole=True)
         elif mask & Watch.CLOSE_WRITE:
             self.appeared(self.spool.path(name), whole=True, pause=GRACE_SECONDS)
+            self.retry_if_touched(self.spool.path(name))
         elif self.spool.named([name]):
             whole = whole_at_birth(self.spool.path(name))
             self.appeared(self.spool.path(name), whole, 0 if whole else UNCLOSED_SECONDS)
@@ -4629,6 +4812,8 @@ class Spooler:
         """There may be a file of this name. whole: nobody writes it any more; pause: seconds until it may be opened."""
         queue = self.queue
         if not self.spool.named([os.path.basename(path)]):
+            return
+        if (mail := queue.mails.get(path)) and mail.state == ASIDE and self.has_kept(mail):
             return
         mail = queue.mails.get(path)
         if mail and mail.state == STUCK and not has_changed(mail):
@@ -4664,6 +4849,12 @@ class Spooler:
     def take_stock(self, paths):
         """Line up what is new or changed, oldest first; forget what is gone. Raises OSError."""
         queue, present = self.queue, set(paths)
+        if queue.counts[ASIDE]:
+            for mail in [mail for mail in queue.mails.values() if mail.state == ASIDE and mail.path in present]:
+                self.has_kept(mail)
+        if not (watch := self.keepers.get("watch")) or watch.dead:
+            for path in present & queue.mails.keys():
+                self.retry_if_touched(path, unless=(0,))
         for path in sorted([path for path in paths if path not in queue.mails], key=age_key):
             queue.line_up(queue.add(path), queue.fresh)
         stuck = [mail for mail in queue.mails.values() if mail.state == STUCK] if queue.counts[STUCK] else ()
@@ -4702,7 +4893,7 @@ class Spooler:
 
     def gone(self, mail):
         """The file is not there: somebody removed it, or it was put aside just before a crash. Raises OSError."""
-        if self.spool.look(mail.path) or self.was_put_aside(mail) or self.is_back(mail):
+        if self.spool.look(mail.path) or self.was_put_aside(mail) or self.is_back(mail) or self.is_held(mail):
             return
         self.said.pop(f"{mail.path} recipients", None)
         self.queue.lose(mail)
@@ -4726,6 +4917,45 @@ class Spooler:
         """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
         back = aside.state == ASIDE and self.queue.mails.get(self.spool.path(os.path.basename(aside.path)))
         return bool(back) and not has_recipients(back.envelope())
+
+    def is_held(self, mail):
+        """Whether a user has put a dot before its file's name: its entry waits for it, ASIDE. Raises OSError."""
+        parent, name = os.path.split(mail.path)
+        if parent != self.spool.directory or mail.entry is None or not (status := look(hidden(mail.path, ""))):
+            return False
+        known, was_there = identity(status), status.st_mtime < parse_time(self.started)  # else it may be a new mail's
+        if mail.state == ASIDE:
+            return mail.seen == known[:2]
+        if not (hash(known) == mail.print if mail.print else was_there):
+            return False
+        self.queue.become(mail, ASIDE)
+        mail.seen = known[:2]
+        self.status.wanted.set()
+        return True
+
+    def has_kept(self, mail):
+        """A file has the name of a mail that was held. True if it is that mail's, which goes on where it was."""
+        with contextlib.suppress(OSError):  # the next scan will see
+            if (status := look(mail.path)) and mail.seen == identity(status)[:2]:
+                mail.print = hash(identity(status))
+                self.queue.rest(mail, due_at(mail))
+                self.wake.set()
+            elif status:
+                self.queue.lose(mail)
+        return mail.state != LEFT
+
+    def retry_if_touched(self, path, unless=()):
+        """If a mail's file is not as it was, its user wants it to be tried now. unless: what it was, to leave it."""
+        mail = self.queue.mails.get(path)
+        if not mail or mail.entry is None or mail.state not in (RESTING, HELD):
+            return
+        with contextlib.suppress(OSError):
+            before, mail.print = mail.print, hash(identity(os.lstat(path)))
+            if before not in (mail.print, *unless):
+                mail.forced = True
+                self.queue.line_up(mail, self.queue.fresh)
+                self.relay.poke()
+                self.wake.set()
 
     # -- complaints, each once
 
@@ -4808,8 +5038,9 @@ def set_up_signals(spooler):
     for name, what in asks.items():
         if hasattr(signal, name):
             gevent.signal_handler(getattr(signal, name), spooler.ask, what)
-    if hasattr(signal, "SIGIO"):  # a writer that comes while a lease is held, which lasts microseconds
-        signal.signal(signal.SIGIO, signal.SIG_IGN)
+    for name in ("SIGIO", "SIGUSR1", "SIGUSR2"):  # a writer that comes during a lease; scripts that rotate logs
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     for name in ("SIGTERM", "SIGINT"):
         gevent.signal_handler(getattr(signal, name), spooler.ask_to_stop)
 
@@ -4839,6 +5070,7 @@ def serve(options):
     set_up_signals(spooler)
     gevent.get_hub().print_exception = spooler.lost_by_gevent
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
+    log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
     try:
         status.load()
     except CorruptStatus as error:
