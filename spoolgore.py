@@ -158,8 +158,12 @@ from gevent import subprocess
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, no leases
+except ImportError:  # Windows: no leases
     fcntl = None
+try:
+    import msvcrt
+except ImportError:  # everywhere else
+    msvcrt = None
 
 # ---------------------------------------------------------------- glossary
 #
@@ -1602,6 +1606,9 @@ class Status:
         self.wanted.set()
 
 
+CAREFULLY = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
 def hidden(path, suffix):
     """A name beside path that begins with a dot, so that it is never taken for a mail."""
     directory, name = os.path.split(path)
@@ -1621,7 +1628,7 @@ def write_durably(path, chunks):
     temporary = hidden(path, ".new")
     with contextlib.suppress(FileNotFoundError):  # left by a crash, or somebody's trap
         os.unlink(temporary)
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | CAREFULLY, 0o600)
     try:
         with open(handle, "wb") as file:
             file.writelines(chunks)
@@ -1691,7 +1698,7 @@ class Locked(Exception):
     """Another process has the spool; the text says which."""
 
 
-OPEN_CAREFULLY = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+OPEN_CAREFULLY = CAREFULLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
 def look(path):
@@ -1749,10 +1756,30 @@ def whole_at_birth(path):
     return not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or status.st_ctime_ns != status.st_mtime_ns
 
 
+def take_lock(handle):
+    """Lock a file for this process. Raises OSError: EAGAIN or EACCES if another process has it."""
+    if fcntl:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt:
+        os.lseek(handle, 2**30, os.SEEK_SET)  # far behind the text: nobody else can read what is locked there
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+
+
+def is_free(handle):
+    """Whether no process has locked this file, for msvcrt, which can only try."""
+    try:
+        take_lock(handle)
+    except OSError:
+        return False
+    os.lseek(handle, 2**30, os.SEEK_SET)
+    msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
+    return True
+
+
 def is_locked(handle, pid):
     """Whether a process has locked this file (F_GETLK); where that cannot be asked, whether the process lives."""
-    if not fcntl:  # Windows: there is no lock, and os.kill(pid, 0) would be a Ctrl-C
-        return False
+    if not fcntl:  # Windows, where os.kill(pid, 0) would be a Ctrl-C
+        return bool(msvcrt) and not is_free(handle)
     if sys.platform == "linux":
         question = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         return struct.unpack("hhqqi4x", fcntl.fcntl(handle, fcntl.F_GETLK, question))[0] != fcntl.F_UNLCK
@@ -1862,31 +1889,29 @@ class Spool:
         """Make this process the only one that sends from here. Raises Locked, OSError."""
         path = self.path(".spoolgore.lock")
         with naming_owner(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | CAREFULLY, 0o600)
         try:
-            self._take(handle)
+            take_lock(handle)
         except OSError as error:
+            os.lseek(handle, 0, os.SEEK_SET)
             owner = os.read(handle, 32).decode("ascii", "replace").partition("\n")[0].strip()
             os.close(handle)
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
+            if fcntl and error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise OSError(error.errno, f"{error.strerror} (it cannot be locked)", path) from None
             raise Locked(f"spool directory {self.directory} is in use by pid {owner}") from None
         previous, self._lock, self._home = self._lock, handle, os.stat(self.directory)
         self.publish({})
         if previous is not None:
             os.close(previous)
-            self._take(handle)  # closing any handle of a file ends the locks on it (POSIX)
-
-    @staticmethod
-    def _take(handle):
-        if fcntl:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl:
+                take_lock(handle)  # closing any handle of a file ends the locks on it (POSIX)
 
     def publish(self, facts):
         """Let owner() know, in ``key: value`` lines below the pid; an empty line ends them while they are written."""
         lines = [str(os.getpid()), *(f"{key}: {one_line(value)}" for key, value in facts.items()), "", ""]
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
-            os.ftruncate(self._lock, os.pwrite(self._lock, "\n".join(lines).encode("utf-8", "replace"), 0))
+            os.lseek(self._lock, 0, os.SEEK_SET)
+            os.ftruncate(self._lock, os.write(self._lock, "\n".join(lines).encode("utf-8", "replace")))
 
     def still_locked(self):
         """Whether the lock is there: it may have been removed, or the directory with it. Raises OSError."""
@@ -1914,6 +1939,8 @@ class Spool:
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
                 raise NotAMail("not a regular file, ignored") from None
+            if error.errno == errno.EACCES and os.path.isdir(path):  # Windows opens no directory
+                raise NotAMail("") from None
             if error.errno == errno.ENOTDIR:
                 raise FileNotFoundError(errno.ENOENT, error.strerror, path) from None
             raise
@@ -1976,9 +2003,9 @@ class Watch:
 
     def __init__(self, directory, lock):
         """lock: a file in it whose removal is noticed too, as ATTRIB (it has a link less)."""
-        libc = ctypes.CDLL(None, use_errno=True)
+        libc = None if msvcrt else ctypes.CDLL(None, use_errno=True)
         if not hasattr(libc, "inotify_init1"):
-            raise OSError(errno.ENOSYS, "no inotify")
+            raise OSError(errno.ENOSYS, "this system has none")
         self.handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         wanted = self.CLOSE_WRITE | self.MOVED_TO | self.CREATE | self.DELETE_SELF | self.MOVE_SELF | self.ONLYDIR
         for path, mask in ((directory, wanted), (lock, self.ATTRIB)):
@@ -3502,8 +3529,9 @@ def daemon_line(summary, now):
     if summary["daemon"] == "not running":
         return "daemon: not running"
     hint = f"; kill -URG {summary['pid']} ends it" if summary["daemon"] == "suspended" else ""
-    since, version = ago(now - moment_of(summary["since"])), f"version {summary['version']}"
-    return f"daemon: {summary['daemon']}, pid {summary['pid']}, {version}, since {since}{hint}"
+    since = f", since {ago(now - moment_of(summary['since']))}" if summary["since"] else ""  # it is just starting
+    version = f", version {summary['version']}" if summary["version"] else ""
+    return f"daemon: {summary['daemon']}, pid {summary['pid']}{version}{since}{hint}"
 
 
 def held_by(summary):
@@ -3557,7 +3585,7 @@ def all_about(line, now):
     yield f"  {line.kind}, for {ago(now - line.since)}, from {line.sender or '<>'}{line.error and ', '}{line.error}"
     for recipient in recipients(envelope) if envelope else ():
         what, wait = state(recipient), next_attempt_of(recipient) - now
-        next_in = f", next in {ago(wait)}" if what == WAITING else ""
+        next_in = "" if what != WAITING else f", next in {ago(wait)}" if wait > 0 else ", due now"
         attempts = f", attempts: {recipient['Attempts']}{next_in}" if what != DELIVERED else ""
         yield f"  {recipient['Address']}: {what}{attempts}{recipient['Error'] and ', '}{recipient['Error']}"
 
@@ -4163,6 +4191,8 @@ class Delivery:
         except NotAMail as error:
             return self.stick(str(error))
         except PermissionError as error:
+            if msvcrt:  # another program has it open, and may end that without a change
+                return self.cannot_reach(error)
             return self.stick(self.shown(f"unable to read mail file, {error.strerror}"))
         if refused is not False and is_being_written(refused, status, spooler.clock(), mail.whole):
             return self.rest(spooler.clock() + QUIET_SECONDS)
@@ -4874,6 +4904,7 @@ class Spooler:
         status file counts; else only the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
+        self.published = None
         if watch := self.keepers.pop("watch", None):
             watch.kill()
         if same:
@@ -5041,8 +5072,9 @@ def set_up_signals(spooler):
     for name in ("SIGIO", "SIGUSR1", "SIGUSR2"):  # a writer that comes during a lease; scripts that rotate logs
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    for name in ("SIGTERM", "SIGINT"):
-        gevent.signal_handler(getattr(signal, name), spooler.ask_to_stop)
+    for name in ("SIGTERM", "SIGINT", "SIGBREAK"):  # Windows has the last one, for services too
+        if hasattr(signal, name):
+            gevent.signal_handler(getattr(signal, name), spooler.ask_to_stop)
 
 
 def check_status_path(path):
@@ -5071,6 +5103,7 @@ def serve(options):
     gevent.get_hub().print_exception = spooler.lost_by_gevent
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
+    spooler.publish()
     try:
         status.load()
     except CorruptStatus as error:
@@ -5093,6 +5126,7 @@ def show_progress(spooler):
 
 def main(argv):
     """Returns the exit status."""
+    warnings.filterwarnings("ignore", "libuv only supports millisecond timer")  # gevent's on Windows: enough for us
     gevent.config.track_greenlet_tree = False  # nobody asks who started a greenlet
     set_up_streams()
     log.stream = sys.stderr

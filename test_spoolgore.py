@@ -3058,6 +3058,8 @@ def test_what_status_says_above_the_table():
     ]
     assert sorted(text[6:-1]) == ["error: 1 x 550 before", "error: 1 x bad"]
     assert text[-1] == "attention: relay b:25 is down, 1 given up, 1 unusable, a mail waits for 2h"
+    starting = spoolgore.summary_of([], {"pid": "4711", "": ""}, NOW)
+    assert next(spoolgore.headlines(starting, NOW)) == "daemon: running, pid 4711"
     nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable"
     nobody = spoolgore.summary_of([], None, NOW)
     attention = "attention: the daemon is not running"
@@ -5340,6 +5342,20 @@ def test_once(spool, scripted, run, prepare, code, sent):
     assert run("-once", "-smtpaddr", relay.address).status_code == code
     assert len(relay.mails.items) == sent
     assert len(relay.connections.items) <= sent
+
+
+def test_the_log_has_the_relay_s_words(spool, scripted, run):
+    """With its name where there may be doubt about which it was; the first is away here."""
+    relay = scripted()
+    relay.replies = {"content": b"250-2.0.0 Ok:\r\n250 queued as \x1b[1m4F1\r\n"}
+    put(spool, "m1", mail("a@x.org"))
+    assert run("-once", "-smtpaddr", relay.address).lines[3] == f"{spool}/m1 successfully sent to a@x.org: {WORDS}"
+    put(spool, "m1", mail("a@x.org"))
+    lines = run("-once", "-smtpaddr", f"127.0.0.1:{free_port()},{relay.address}").lines
+    assert f"{spool}/m1 successfully sent to a@x.org: {relay.address}: {WORDS}" in lines
+
+
+WORDS = "250 2.0.0 Ok: queued as  [1m4F1"
 
 
 def test_the_printer(spool):
@@ -8445,7 +8461,7 @@ def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
     spooler = spooler_of(spool, status)
     spooler.spool.lock()
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", full)
+        patch.setattr(os, "write", full)
         spooler.suspend()
         spooler.publish()
     assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n\n"
@@ -8503,6 +8519,16 @@ def test_facts_are_written_when_they_change_and_not_more_often(spool, status, mo
     monkeypatch.setattr(time, "strftime", lambda form: "2099-01-01")
     spooler.tell()
     assert (written[-1]["sent"], written[-1]["sent today"]) == ("1", "0")
+
+
+def test_facts_are_written_anew_into_a_new_lock(spool, status):
+    spooler = spooler_of(spool, status)
+    spooler.tell()
+    (spool / ".spoolgore.lock").unlink()
+    spooler.next_facts = 0.0
+    spooler.scan()
+    spooler.tell()
+    assert "version: " in (spool / ".spoolgore.lock").read_text()
 
 
 def test_a_turn_of_rate_is_a_fact(spool, status):
