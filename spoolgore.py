@@ -15,6 +15,7 @@ recipient has it.
 
 Usage:
   spoolgore.py [options] DIRECTORY [NAME...]
+  spoolgore.py -check [options] [DIRECTORY]
 
 Relay options:
   -smtpaddr ADDR         address of the smtp address to use in the addr:port
@@ -61,6 +62,10 @@ Queue options:
 Status options:
   -json PATH             path of the json status file; .spoolgore.js in the
                          spool directory if empty
+  -http ADDR             show a page at this addr:port or unix:PATH; /metrics
+                         is for Prometheus, /health for monitors
+  -failcommand COMMAND   run this shell command for each mail that was given
+                         up, with its entry as JSON on standard input
   -status                print how the spool is doing, or all about the mails
                          NAME, and exit: 0; 1 when somebody should look; 69
                          when no daemon runs
@@ -70,6 +75,12 @@ Status options:
                          summary first) [default: text]
   -flush                 have the daemon that runs on DIRECTORY send everything
                          now, and exit: 0, or 1 when it cannot be asked
+
+  -check                 talk to each relay, and print what it is like: the
+                         address that answers, its certificate, what it offers,
+                         the login; exit 0, or 1 when something is wrong
+  -checkto ADDRESS       with -check, also ask whether it takes a mail from and
+                         to this address; none is sent
 
 Other options:
   -h, -help              print this text
@@ -116,6 +127,7 @@ import gc
 import hashlib
 import heapq
 import hmac
+import html
 import io
 import ipaddress
 import itertools
@@ -204,6 +216,9 @@ GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, it
 CLOCK_STEP_SECONDS = 5  # a clock that jumps back by more was set
 SAY_AGAIN_SECONDS = 3600  # what goes on for so long is said again
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
+FAIL_SECONDS = 60  # -failcommand's for one mail
+FAIL_LINE = 1000  # so many mails wait for it at most
+HTTP_PORT = 8025
 EX_OK, EX_ERROR, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL = 0, 1, 2, 69, 75
 
 
@@ -297,6 +312,10 @@ class Options(NamedTuple):
     json: str
     status: bool
     flush: bool
+    check: bool
+    checkto: str
+    http: str  # unix:PATH, or an Address
+    failcommand: str
     older: float  # infinity for never
     format: str
     names: list  # of mails, with -status
@@ -384,23 +403,32 @@ def check_choice(name, value, choices):
 
 def parse_addresses_of_relays(text, default_port):
     """Addresses in order of preference from comma-separated text; none for "-"."""
-    return [] if text == "-" else [parse_relay(part.strip(), default_port) for part in text.split(",")]
+    return [] if text == "-" else [parse_address("smtpaddr", part.strip(), default_port) for part in text.split(",")]
 
 
-def parse_relay(text, default_port):
+def parse_listener(text):
+    """``unix:PATH`` as it is, or an Address; empty for none."""
+    if not text.startswith("unix:"):
+        return parse_address("http", text, HTTP_PORT) if text else ""
+    if not (text[5:] and hasattr(socket, "AF_UNIX")):
+        raise bad_value("http", text, "no path" if hasattr(socket, "AF_UNIX") else "this system has no such sockets")
+    return text
+
+
+def parse_address(flag, text, default_port):
     """An Address from ``host:port``, ``host``, ``:port`` or ``[IPv6]:port``."""
-    if text == "-":
-        raise bad_value("smtpaddr", text, '"-" stands alone')
+    if text == "-" and flag == "smtpaddr":
+        raise bad_value(flag, text, '"-" stands alone')
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/,]*))(?::(\d{1,5}))?", text)
     if not match or not text:
-        raise bad_value("smtpaddr", text, "not an address like host:port")
+        raise bad_value(flag, text, "not an address like host:port")
     port = int(match[3] or default_port)
     if not 0 < port < 65536:
-        raise bad_value("smtpaddr", text, "the port is not between 1 and 65535")
+        raise bad_value(flag, text, "the port is not between 1 and 65535")
     try:
         (match[2] or "").encode("idna")
     except UnicodeError:
-        raise bad_value("smtpaddr", text, "not a host name") from None
+        raise bad_value(flag, text, "not a host name") from None
     return Address(match[1] or match[2] or "localhost", port)
 
 
@@ -440,7 +468,7 @@ def parse_options(argv, doc=None):
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
     found = docopt.docopt(docopt_text(doc), words, False)
     options = typed({name.lstrip("-"): "" if value is None else value for name, value in found.items()})
-    if not options.directory:
+    if not (options.directory or options.check):
         raise SystemExit(complain("please specify a spool directory"))
     return options
 
@@ -450,10 +478,10 @@ def typed(found):
     least = {"concurrency": 1, "timeout": 1, "freq": 0, "attempts": 0}
     numbers = {name: whole_number(name, found[name], low) for name, low in least.items()}
     check_words(found)
-    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status", "flush")}
+    switches = {name: bool(found[name]) for name in ("fail5xx", "once", "status", "flush", "check")}
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
-    parsed.update(older=parse_age(found["older"]), names=found["NAME"])
+    parsed.update(older=parse_age(found["older"]), names=found["NAME"], http=parse_listener(found["http"]))
     values = {**found, **switches, **numbers, **parsed}
     return Options(**{name: values[name] for name in Options._fields})
 
@@ -472,6 +500,26 @@ def check_words(found):
             raise bad_value(name, found[name], "not a host name")
     if found["tlsname"] and found["tls"] == "off":
         raise bad_value("tlsname", found["tlsname"], "there is no TLS with -tls off")
+    check_check(found)
+
+
+def check_check(found):
+    if found["check"] and found["smtpaddr"] == "-":
+        raise bad_value("smtpaddr", "-", "there is no relay for -check")
+    if found["checkto"]:
+        reason = checkto_problem(found["checkto"]) if found["check"] else "it needs -check"
+        if reason:
+            raise bad_value("checkto", found["checkto"], reason)
+
+
+def checkto_problem(address):
+    """Why nobody can be asked about that address; empty when somebody can."""
+    if "@" not in address or address_problem(address):
+        return address_problem(address) or "an address without a domain"
+    try:
+        return wire_address(address) and ""
+    except ValueError as error:
+        return f"an impossible domain: {error}"
 
 
 def check_user(found, name, *users):
@@ -2585,18 +2633,28 @@ def is_over(greenlet):
 # -- opening a connection
 
 
-def dial(address, timeout, security):
-    """A Connection that is greeted, encrypted and logged in. Raises OSError, as most errors here are."""
+def dial(address, timeout, security, witness=None):
+    """A Connection that is greeted, encrypted and logged in. Raises OSError, as most errors here are.
+
+    witness: told, for -check, what each step found.
+    """
     connection = Connection(connect(address, timeout), address, timeout)
     connection.secrets = security.secrets
     try:
+        if witness:
+            witness("connected to {}:{}".format(*connection.sock.getpeername()))
         if security.implicit_tls(address):
             security.encrypt(connection)
         opening = Opening(connection, security.helo)
         opening.greet()
         if security.wants_starttls(opening):
             opening.starttls(security)
+        if witness:
+            witness(encryption(connection))
+            witness(opening.offered())
         security.login(opening)
+        if witness:
+            witness(f"logged in as {security.user}" if security.user else "no login: there is no -smtpuser")
         connection.offers = opening.offers()
     except BaseException as error:
         if isinstance(error, RelayError):
@@ -2673,6 +2731,22 @@ class Opening(smtplib.SMTP):
         body = " BODY=8BITMIME" if self.has_extn("8bitmime") else ""
         names = map(self.has_extn, ("pipelining", "chunking", "smtputf8"))
         return Offers(*names, int_or_zero(self.esmtp_features.get("size")), f"{size}{body}")
+
+    def offered(self):
+        """All that the relay offers, for people."""
+        lines = [" ".join([name.upper(), *value.split()]) for name, value in self.esmtp_features.items()]
+        return f"offers {', '.join(lines) or 'nothing'}"
+
+
+def encryption(connection):
+    """How a connection is encrypted, and the name and expiry of the certificate that was verified, for people."""
+    if not connection.encrypted:
+        return "not encrypted"
+    certificate = connection.sock.getpeercert()
+    subject = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    names = dict.fromkeys([value for _, value in certificate.get("subjectAltName", ())] or subject)
+    left, end = ssl.cert_time_to_seconds(certificate["notAfter"]) - time.time(), certificate["notAfter"]
+    return f"{connection.sock.version()}, certificate of {', '.join(names)} until {end} (in {ago(left)})"
 
 
 def expect(reply):
@@ -3212,6 +3286,8 @@ class Relay:
         self.dialling = 0
         self.limit = self.cap = limit
         self._capped = 0.0
+        self.opened = self.transactions = 0  # so many, since the start
+        self.seconds = 0.0  # that all the transactions took
         self.down = ""  # why it cannot be used
         self.again = 0.0  # when it is dialled again, while it is down
         self.shunned = {}  # extension -> until when it is not used; it went wrong
@@ -3227,11 +3303,13 @@ class Relay:
         carefully = False
         while True:
             connection = self._acquire()
+            began = time.monotonic()
             try:
                 return connection.transact(sender, addresses, message, carefully)
             except Repeat:
                 carefully = True
             finally:
+                self.transactions, self.seconds = self.transactions + 1, self.seconds + connection.used - began
                 self._release(connection)
 
     def poke(self):
@@ -3306,6 +3384,7 @@ class Relay:
         connection.shunned = self.shunned
         connection.watch()
         self.in_use.add(connection)
+        self.opened += 1
         self.tend()
         return connection
 
@@ -3453,6 +3532,41 @@ class Relays:
     def close(self):
         for relay in self.relays:
             relay.close()
+
+
+def check(options, environ, say):
+    """Talk to each relay, and say what it offers and what is wrong. Returns the exit status. Raises UsageError."""
+    security, status = Security(options, environ), EX_OK
+    for address in options.smtpaddr:
+        try:
+            witness = functools.partial(said_of, say, address)
+            connection = dial(address, options.timeout, security, witness)
+            status = max(status, ask_for_leave(connection, options.checkto, witness) if options.checkto else EX_OK)
+            connection.quit_politely()
+        except (OSError, UnicodeError) as error:
+            login = "login refused: " if isinstance(error, LoginRefused) else ""
+            witness(f"FAILED: {login}{describe(error)}")
+            status = EX_ERROR
+    return status
+
+
+def said_of(say, address, text):
+    say(one_line(f"{address}: {text}"))
+
+
+def ask_for_leave(connection, address, witness):
+    """MAIL and RCPT, then RSET. Returns the exit status. Raises OSError."""
+    wire = wire_address(address)
+    utf8 = " SMTPUTF8" if not wire.isascii() and connection.offers.smtputf8 else ""
+    for command in (f"MAIL FROM:<{wire}>{utf8}", f"RCPT TO:<{wire}>"):
+        connection.send(f"{command}\r\n".encode())
+        reply = connection.reply()
+        witness(f"{'' if reply.ok else 'FAILED: '}{command}: {reply}")
+        if not reply.ok:
+            break
+    connection.send(b"RSET\r\n")
+    connection.reply()
+    return EX_OK if reply.ok else EX_ERROR
 
 
 def by(relay, address, outcome):
@@ -3677,6 +3791,7 @@ class Line(NamedTuple):
     entry: str = "null"  # as JSON, where it is asked for
 
 
+TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
 PATIENT = KINDS[:4]  # the kinds that wait to be sent
 
@@ -3878,7 +3993,7 @@ def held_by(summary):
 
 def table(lines, now, held="now"):
     """Rows of text; the first is the heading."""
-    yield ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
+    yield TITLES
     for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
         wait = "-" if due == math.inf else ago(due - now) if due > now else "now" if kind == "in flight" else held
         name = path.rpartition(os.sep)[2]
@@ -4041,6 +4156,437 @@ class ServiceManager:
         with contextlib.suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
             sock.setblocking(False)  # a service manager that does not listen is no reason to wait
             sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
+
+
+class FailCommand:
+    """Runs -failcommand for the mails that were given up, one at a time."""
+
+    def __init__(self, spooler, environ):
+        self.spooler, self.command = spooler, spooler.options.failcommand
+        secret = re.compile("SPOOLGORE_|WATCHDOG_|NOTIFY_SOCKET$")
+        self.environ = {name: value for name, value in environ.items() if not secret.match(name)}
+        self.line = deque()  # (mail, its entry as JSON); the first is run for
+        self.arrived, self.idle = gevent.event.Event(), gevent.event.Event()
+        self.idle.set()
+
+    def add(self, mail):
+        """This mail lies in .failed now."""
+        if not self.command:
+            return
+        if len(self.line) >= FAIL_LINE:
+            return log(f"{mail.path} -failcommand is not run for it: {FAIL_LINE} mails wait for that already")
+        self.line.append((mail, f"{json.dumps({'File': mail.path, **mail.envelope()})}\n".encode()))
+        self.idle.clear()
+        self.arrived.set()
+
+    def keep_running(self):
+        """Serve the line, for ever."""
+        while True:
+            self.arrived.wait()
+            while self.line:
+                while not self.spooler.status.commit(self.line[0][0]):
+                    gevent.sleep(QUIET_SECONDS)  # suspended, or the status cannot be written
+                self.run(self.line[0][1])
+                self.line.popleft()
+            self.arrived.clear()
+            self.idle.set()
+            self.spooler.wake.set()
+
+    def run(self, entry):
+        """Trouble is said once."""
+        try:
+            status = self._result(entry)
+            trouble = f"it failed with exit status {status}" if status else ""
+        except OSError as error:
+            trouble = describe(error)
+        if trouble:
+            self.spooler.say("failcommand", f"-failcommand: {trouble}")
+        else:
+            self.spooler.said.pop("failcommand", None)
+
+    def _result(self, entry):
+        """The exit status; what it started and left behind is ended in any case."""
+        process = subprocess.Popen(
+            self.command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=self.environ,
+            start_new_session=True
+        )  # fmt: skip
+        try:
+            with limited(FAIL_SECONDS, f"it took longer than {FAIL_SECONDS} s"):
+                process.communicate(entry)
+                return process.wait()
+        finally:
+            kill_all(process)
+
+    def stop(self, seconds):
+        """What waits may still be run for; the rest is said."""
+        if self.line:
+            self.spooler.keep("failcommand", self.keep_running)
+        self.idle.wait(seconds)
+        for mail, _ in self.line:
+            log(f"{mail.path} -failcommand was not run for it to the end: the daemon stops")
+
+
+# -------------------------------------------------------------------- page
+#
+# -http: what -status says, for browsers, Prometheus and monitors. What holds:
+#
+# 1. Nothing can be changed by it. A request has 8 KB and 5 s, its answer 10 s; then the connection is closed.
+# 2. However many mails there are, nothing takes the loop for over 20 ms: one greenlet looks through the queue, a slice
+#    at a time, and what it found serves everybody for twenty times as long as that took.
+# 3. What comes from a mail, a relay or a file's name gets into the page by shown_text() and by nothing else.
+
+PAGE_ROWS, PAGE_SLICE = 100, 200  # mails that are shown, and looked at in one turn
+PAGE_SECONDS = 1  # an answer is good for so long
+TEXT = "text/plain; charset=utf-8"
+REQUEST_LIMIT, REQUEST_SECONDS, ANSWER_SECONDS = 8192, 5, 10
+VISITORS = 1000  # connections at once; more wait
+KIND_OF = {FLYING: "in flight", IN_LINE: "waiting", RESTING: "deferred", HELD: "deferred", STUCK: "unusable"}
+KIND_OF[ASIDE] = "given up"  # what a mail is called, in the order of the table
+ORDER = {state: list(dict.fromkeys(KIND_OF.values())).index(kind) for state, kind in KIND_OF.items()}
+PACKED_ERROR = re.compile(rb'"Error": ("(?:[^"\\]|\\.)+")')
+PACKED_ENQUEUED = re.compile(rb'"Enqueued": "([^"\\]+)"')
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --dim: #57606a; --line: #d5dae0; --bad: #b42318;
+  --good: #1a7f4b; --sent: #2a7de1; --deferred: #d99000; --lost: #c62f2f }
+@media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e8ec; --dim: #98a2ad; --line: #333a42;
+  --bad: #ff8a7a; --good: #5fd39a; --sent: #5aa2f5; --deferred: #e8b04a; --lost: #f0625f } }
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; color: var(--text);
+  background: var(--back); overflow-wrap: anywhere }
+h1, h2, p { margin: 0 } h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .4rem }
+.bad { color: var(--bad) } .good { color: var(--good) } .dim { color: var(--dim) }
+.Mails { display: flex; flex-wrap: wrap; gap: .5rem 2rem } .Mails b { display: block; font-size: 1.6rem }
+svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--line) }
+.sent { fill: var(--sent) } .deferred { fill: var(--deferred) } .lost { fill: var(--lost) }
+i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em } i.sent { background: var(--sent) }
+i.deferred { background: var(--deferred) } i.lost { background: var(--lost) }
+table { border-collapse: collapse; width: 100%; font-size: .87rem } th { color: var(--dim); font-weight: 500 }
+th, td:nth-child(2), td:nth-child(3), td:nth-child(6), td:nth-child(7) { white-space: nowrap }
+th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line) }
+@media (max-width: 60rem) { thead { display: none } td { display: block; border: 0; padding: 0 }
+  td:first-child { border-top: 1px solid var(--line); padding-top: .4rem; font-weight: 600 }
+  td + td::before { content: attr(data-name) " "; color: var(--dim) } td:empty { display: none } }
+"""
+SECURITY = (
+    ("Content-Security-Policy", "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+     f"style-src 'sha256-{base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()}'"),
+    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
+    ("Cross-Origin-Resource-Policy", "same-origin"), ("Connection", "close"),
+)  # fmt: skip
+CHART_KINDS = {"sent": "sent", "deferred": "deferred", "lost": "given up"}
+RELAY_FIGURES = {
+    "relay_up": ("Whether a relay can be used.", lambda relay: int(not relay.down)),
+    "connections": ("Open connections.", lambda relay: relay.established),
+    "connections_opened_total": ("Connections that were opened.", lambda relay: relay.opened),
+    "transactions_total": ("SMTP transactions.", lambda relay: relay.transactions),
+    "transaction_seconds_total": ("Seconds that they took.", lambda relay: f"{relay.seconds:.6f}"),
+}
+
+
+class Digest(NamedTuple):
+    """What a look through the whole queue found."""
+
+    lines: list  # a Line of each of the first mails
+    errors: collections.Counter
+    mails: dict  # how many are unusable, and given up: the queue's own counts have more than these
+    oldest: float  # when the mail that waits for longest was first seen, in seconds since 1970; 0 if none waits
+
+
+class Page:
+    """See the head of this section."""
+
+    def __init__(self, spooler):
+        self.spooler, self.server, self.where = spooler, None, ""
+        self.marks = deque([(0, 0, 0)] * 60, maxlen=60)  # recipients, at the beginning of each of the last 60 minutes
+        self._drawing, self._digest, self._good_until = gevent.lock.BoundedSemaphore(), None, 0.0
+        pages = {"/": self.page, "/metrics": self.metrics, "/health": self.health}
+        self.drawn = {path: (draw, 0.0, None) for path, draw in pages.items()}  # (how, good until when, the answer)
+
+    # -- the server
+
+    def open(self, where, visitors):
+        """Answer requests from now on. where: as in the options; visitors: at once. Raises OSError."""
+        from gevent import pywsgi  # takes 10 ms, and whoever has no page needs none of it
+
+        listener, self.where = listen_on(where), where
+        self.server = pywsgi.WSGIServer(
+            listener, self, spawn=gevent.pool.Pool(visitors), log=None, error_log=None,
+            handler_class=visit_class(pywsgi), environ={"SERVER_NAME": "localhost"}
+        )  # fmt: skip
+        self.server.max_accept = 10  # in one turn
+        self.server.start()
+        self.spooler.keep("page", self.mark_minutes)
+
+    def close(self):
+        if self.server:
+            self.server.stop(0)
+        if isinstance(self.where, str) and self.where:
+            with contextlib.suppress(OSError):
+                os.unlink(self.where[5:])
+
+    def mark_minutes(self):
+        """For ever."""
+        end = time.monotonic()
+        while True:
+            end += 60
+            gevent.sleep(max(0, end - time.monotonic()))
+            self.marks.append(tuple(self.spooler.tally.values()))
+
+    def __call__(self, environ, start_response):
+        """The WSGI application."""
+        method, host = environ["REQUEST_METHOD"], environ.get("HTTP_HOST", "")
+        status, kind, body = self.answer(method, environ["PATH_INFO"], host, environ["LOCAL"])
+        headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("Allow", "GET, HEAD"), *SECURITY]
+        start_response(status, headers)
+        return [] if method == "HEAD" else [body]
+
+    def answer(self, method, path, host, local):
+        """(status, content type, body). local: our end of the connection, as getsockname() says."""
+        if isinstance(local, tuple) and not is_ours(host, local[0], self.where):
+            return "421 Misdirected Request", TEXT, b"The Host is not the address that this page is at.\n"
+        if method not in ("GET", "HEAD"):
+            return "405 Method Not Allowed", TEXT, b"GET and HEAD only.\n"
+        if path not in self.drawn:
+            return "404 Not Found", TEXT, f"There are {', '.join(self.drawn)}.\n".encode()
+        return self.draw(path)
+
+    def draw(self, path):
+        """One for all who ask in the same second."""
+        with self._drawing:
+            draw, until, answer = self.drawn[path]
+            if time.monotonic() >= until:
+                status, kind, text = draw()
+                answer = status, f"{kind}; charset=utf-8", text.encode("utf-8", "replace")
+                self.drawn[path] = draw, time.monotonic() + PAGE_SECONDS, answer
+            return answer
+
+    # -- what there is to say
+
+    def digest(self):
+        if time.monotonic() >= self._good_until:
+            began = time.monotonic()
+            self._digest = look_through(list(self.spooler.queue.mails.values()), self.spooler.clock())
+            self._good_until = began + 21 * (time.monotonic() - began)
+        return self._digest
+
+    def summary(self, digest):
+        """What -status says above its table, as far as attention() needs it."""
+        spooler, mails = self.spooler, dict.fromkeys(KIND_OF.values(), 0)
+        for state, kind in KIND_OF.items():
+            mails[kind] += spooler.queue.counts[state]
+        mails.update(digest.mails)
+        seconds = round(spooler.clock() - digest.oldest)
+        return {
+            "daemon": "suspended" if spooler.suspended else "running",
+            "relays": [*relays_of(spooler.facts())],
+            "mails": mails,
+            "oldest": {"seconds": seconds} if digest.oldest else None,
+            "next_turn": spooler.turn(),
+        }
+
+    def troubles(self, summary):
+        return [*attention(summary, self.spooler.options.older)]
+
+    def health(self):
+        troubles = self.troubles(self.summary(self.digest()))
+        text = "".join(f"{one_line(line)}\n" for line in troubles)
+        return "503 Service Unavailable" if troubles else "200 OK", "text/plain", text or "ok\n"
+
+    def metrics(self):
+        spooler, summary = self.spooler, self.summary(self.digest())
+        wait, mails = summary["oldest"]["seconds"] if summary["oldest"] else 0, summary["mails"]
+        build = {"version": VERSION, "python": sys.version.split()[0], "gevent": gevent.__version__}
+        families = [
+            ("build_info", "What runs.", [(build, 1)]),
+            ("mails", "Mails by state.", [({"state": kind}, count) for kind, count in mails.items()]),
+            ("oldest_wait_seconds", "For how long the oldest mail has been waiting.", [({}, wait)]),
+            ("suspended", "Whether it is suspended.", [({}, int(spooler.suspended))]),
+        ]
+        for kind, count in spooler.tally.items():
+            families.append((f"recipients_{kind.replace(' ', '_')}_total", f"Recipients {kind}.", [({}, count)]))
+        for name, (about, value) in RELAY_FIGURES.items():
+            families.append((name, about, [({"relay": each.name}, value(each)) for each in spooler.relay.relays]))
+        return "200 OK", "text/plain; version=0.0.4", "".join(family_text(*family) for family in families)
+
+    def page(self):
+        digest, spooler, now = self.digest(), self.spooler, self.spooler.clock()
+        summary, where = self.summary(digest), shown_text(spooler.spool.directory)
+        troubles = self.troubles(summary)
+        rows = "".join(map(html_row, itertools.islice(table(digest.lines, now, held_by(summary)), 1, None)))
+        sections = {
+            "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
+            "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in summary["mails"].items()],
+            "Relays": [html_relay(relay, now) for relay in summary["relays"]],
+            "The last 60 minutes": [chart([*self.marks, tuple(spooler.tally.values())])],
+            "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in digest.errors.most_common(10)],
+            f"The first {PAGE_ROWS} mails": [f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"],
+        }
+        return "200 OK", "text/html", "".join([
+            "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=10>"
+            "<meta name=viewport content='width=device-width, initial-scale=1'>"
+            f"<title>{'! ' if troubles else ''}Spoolgore: {where}</title><style>{STYLE}</style>"
+            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.started[:19]}Z",
+            *[f"<h2>{each}</h2><div class='{each}'>{''.join(sections[each]) or 'None'}</div>" for each in sections],
+        ])  # fmt: skip
+
+
+def look_through(mails, now):
+    """The Digest of a queue, a slice in each turn of the loop."""
+    first, errors, kinds, oldest = [], collections.Counter(), collections.Counter(), b"~"
+    for start in range(0, len(mails), PAGE_SLICE):
+        some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
+        first = heapq.nsmallest(PAGE_ROWS, first + some, key=lambda mail: (ORDER[mail.state], mail.due))
+        packed = [mail for mail in some if isinstance(mail.entry, bytes)]
+        found = [PACKED_ERROR.search(mail.entry) for mail in packed]
+        errors.update(grouped(collections.Counter(json.loads(match[1])[:300] for match in found if match)))
+        kinds.update(KIND_OF[mail.state] for mail in some if mail.state in (STUCK, ASIDE))
+        times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state not in (STUCK, ASIDE)]
+        oldest = min([oldest, *(match[1] for match in times if match)])
+        gevent.sleep(0)
+    lines = sorted(page_line(mail, now) for mail in first if is_shown(mail))
+    kinds = {kind: kinds[kind] for kind in ("unusable", "given up")}
+    return Digest(lines, errors, kinds, max(0.0, moment_of(oldest.decode())))
+
+
+def is_shown(mail):
+    """Not what has left or is held by its user, and not what is no mail at all."""
+    if mail.state == ASIDE:
+        return is_aside(mail.path)
+    return mail.state != LEFT and (mail.state != STUCK or mail.entry is not None)
+
+
+def page_line(mail, now):
+    """A mail's Line; of one with very many recipients only how many they are. Others have their turn after each."""
+    gevent.sleep(0)
+    entry = mail.entry
+    if entry is None:
+        return line_without_entry(mail.path, modified(mail.path) or now, now)
+    many = entry.count(b'"Address"') if isinstance(entry, bytes) else len(recipients(entry))
+    if many > PAGE_ROWS * 5 or len(entry) > CHUNK:
+        return Line(mail.due, KIND_OF[mail.state], mail.path, now, "...", f"{many} recipients", 0, "")
+    return line_of(mail.path, envelope := mail.envelope(), enqueued(envelope) or now)
+
+
+def family_text(name, about, samples):
+    """A family of metrics in Prometheus' text format; samples: (labels, value) pairs."""
+    kind = "counter" if name.endswith("_total") else "gauge"
+    lines = [f"# HELP spoolgore_{name} {about}", f"# TYPE spoolgore_{name} {kind}"] if samples else []
+    for labels, value in samples:
+        pairs = ",".join(f"{key}={json.dumps(one_line(text), ensure_ascii=False)}" for key, text in labels.items())
+        lines.append(f"spoolgore_{name}{f'{{{pairs}}}' if pairs else ''} {value}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def shown_text(text):
+    """Any text, as it may stand in the page."""
+    text = text[:500]
+    return html.escape(text if text.isprintable() else one_line(text))
+
+
+def html_relay(relay, now):
+    """relay: as relays_of() has it."""
+    if relay["state"] == "up":
+        return f"<p class=good>{shown_text(relay['address'])} is up"
+    again = ago(moment_of(relay["again"]) - now)
+    return f"<p class=bad>{shown_text(relay['address'])} is down, tried again in {again}: {shown_text(relay['reason'])}"
+
+
+def html_row(row):
+    """Others have their turn after it."""
+    gevent.sleep(0)
+    return f"<tr>{''.join(f'<td data-name={name!r}>{shown_text(cell)}' for name, cell in zip(TITLES, row))}"
+
+
+def chart(marks):
+    """An SVG of the recipients in each minute; marks: (sent, deferred, given up) in all, at each minute's beginning."""
+    minutes = [[b - a for a, b in zip(before, after)] for before, after in zip(marks, marks[1:])]
+    most, bars = max(map(sum, minutes)), []
+    for number, minute in enumerate(minutes):
+        words = ", ".join(f"{count} {kind}" for count, kind in zip(minute, CHART_KINDS.values()))
+        ends = [100 - 100 * height / (most or 1) for height in itertools.accumulate(minute)]
+        rects = [
+            f"<rect class={look} x={10 * number + 1} width=8 y={end:.2f} height={100 * count / most:.2f} />"
+            for look, count, end in zip(CHART_KINDS, minute, ends) if count
+        ]  # fmt: skip
+        bars += [f"<g><title>{len(minutes) - number} min ago: {words}</title>{''.join(rects)}</g>"] if rects else []
+    legend = "".join(f"<i class={look}></i>{kind}" for look, kind in CHART_KINDS.items())
+    svg = f"<svg viewBox='0 0 600 100' preserveAspectRatio=none role=img aria-label='Recipients'>{''.join(bars)}</svg>"
+    return f"{svg}<p class=dim>{legend}; recipients a minute, {most} at most"
+
+
+# -- the server of the page
+
+
+def listen_on(where):
+    """A listening socket. where: as in the options. Raises OSError, which names the flag."""
+    try:
+        if isinstance(where, Address):
+            family, _, _, _, name = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
+            listener = gevent.socket.socket(family)
+            if os.name == "posix":  # elsewhere it would let two listen
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(name)
+            if not ipaddress.ip_address(name[0].partition("%")[0]).is_loopback:
+                log(f"-http {where}: whoever can reach this address sees who gets mail")
+        else:
+            listener = bind_privately(where[5:])
+        listener.listen(VISITORS)
+    except OSError as error:
+        raise OSError(error.errno or errno.EINVAL, error.strerror or str(error), f"-http {where}") from None
+    return listener
+
+
+def bind_privately(path):
+    """A socket at a path, for us alone, in place of one that nobody listens at. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError), gevent.socket.socket(socket.AF_UNIX) as other:
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and other.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
+    listener, mask = gevent.socket.socket(socket.AF_UNIX), os.umask(0o177)
+    try:
+        listener.bind(path)
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def is_ours(host, local, where):
+    """Whether a request's Host is the address that it came to, and no name that was made to lead here."""
+    name = re.sub(r":\d+$", "", host).strip("[]").lower()
+    return name in ("localhost", local.lower(), local.lower().replace("::ffff:", ""), where.host.lower())
+
+
+def head_of(sock):
+    """The head of a request; nothing if it is too long or too slow, or ends too early. Raises OSError."""
+    head = b""
+    with gevent.Timeout(REQUEST_SECONDS, False):
+        while b"\n\r\n" not in head and len(head) <= REQUEST_LIMIT and (more := sock.recv(REQUEST_LIMIT)):
+            head += more
+    return head if b"\n\r\n" in head and len(head) <= REQUEST_LIMIT else b""
+
+
+def visit_class(pywsgi):
+    """What handles a connection: gevent's class, with limits."""
+
+    class Visit(pywsgi.WSGIHandler):
+        def read_requestline(self):
+            self.rfile = io.BytesIO(head_of(self.socket))
+            self.socket.settimeout(ANSWER_SECONDS)
+            return super().read_requestline()
+
+        def read_request(self, raw_requestline):
+            try:
+                return super().read_request(raw_requestline)
+            except Exception as error:  # noqa: BLE001 -- of anything else gevent prints a traceback
+                raise ValueError(describe(error)) from None
+
+        def get_environ(self):
+            return {**super().get_environ(), "LOCAL": self.socket.getsockname()}
+
+        def handle_error(self, kind, error, trace):
+            self.close_connection = True
+            if not isinstance(error, OSError):  # that it reads too slowly, or has gone, is no news
+                super().handle_error(kind, error, trace)
+
+    return Visit
 
 
 # ---------------------------------------------------------------- delivery
@@ -4435,6 +4981,7 @@ class Delivery:
             off_the_hub(spool.sync)
         except OSError as error:
             self.spooler.say("sync", f"unable to sync {spool.failed}, {error.strerror}")
+        self.spooler.fail_command.add(mail)
 
     def find(self):
         """The file is not what was opened: True if it is, but under a new name, or with another time."""
@@ -4493,6 +5040,7 @@ class Spooler:
         self.options, self.spool, self.queue, self.status = options, spool, queue, status
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
+        self.fail_command, self.page = FailCommand(self, os.environ), Page(self)
         self.manager = ServiceManager({})
         self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
@@ -4537,6 +5085,8 @@ class Spooler:
             getattr(self, self.wanted.pop(0))()
         if not (self.suspended or self.stopping):
             self.keep("status", self.status.keep_saving)
+            if self.fail_command.line:
+                self.keep("failcommand", self.fail_command.keep_running)
             if self.clock() >= self.next_scan:
                 self.scan()
             self.queue.release(self.clock())
@@ -4599,7 +5149,8 @@ class Spooler:
         if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
         near = self.queue.counts[IN_LINE] and self.turn() < NEAR_SECONDS
-        return not (self.queue.counts[FLYING] or near or self.queue.next_due() < self.once_until)
+        busy = self.queue.counts[FLYING] or self.fail_command.line
+        return not (busy or near or self.queue.next_due() < self.once_until)
 
     def turn(self):
         """Seconds until -rate lets the next in line go; 0 also when that depends on what is in flight."""
@@ -4676,6 +5227,8 @@ class Spooler:
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
+        self.fail_command.stop(STOP_SECONDS)
+        self.page.close()
         gevent.killall(list(self.keepers.values()))
         log(f"stopped ({self.queued()} messages in the queue)")
 
@@ -4880,6 +5433,7 @@ class Spooler:
             self.queue.rename(mail, aside)
             self.queue.become(mail, ASIDE)
             self.status.wanted.set()
+            self.fail_command.add(mail)  # it cannot have been run yet
         return bool(aside)
 
     def is_back(self, aside):
@@ -5029,7 +5583,9 @@ def check_status_path(path):
 
 def serve(options):
     """Run the daemon on a spool directory. Returns the exit status. Raises UsageError, OSError, Locked."""
-    options = options._replace(concurrency=affordable(options.concurrency, raise_descriptor_limit()))
+    descriptors = raise_descriptor_limit()
+    visitors = int(max(10, min(VISITORS, descriptors / 4))) if options.http else 0
+    options = options._replace(concurrency=affordable(options.concurrency, descriptors - visitors))
     spool, queue = Spool(options.directory, options.json), Queue()
     status = Status(queue, spool)
     turnstile = Turnstile(options.rate, spool.path(".spoolgore.rate"), steady_clock())
@@ -5037,6 +5593,8 @@ def serve(options):
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
+    if options.http:
+        spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
     gevent.get_hub().print_exception = spooler.lost_by_gevent
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
@@ -5074,6 +5632,8 @@ def main(argv):
             check_status_path(os.path.abspath(options.json))
         if options.flush:
             return ask_to_flush(options, sys.stdout)
+        if options.check:
+            return check(options, os.environ, print)
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
         again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away

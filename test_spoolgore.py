@@ -34,6 +34,7 @@ import textwrap
 import threading
 import time
 import types
+import zlib
 from bisect import bisect_left
 from collections import Counter
 from datetime import datetime, timedelta, timezone
@@ -744,11 +745,25 @@ FLAG_VALUES = [  # flag, its text, the option that it gives
     ("freq", "0", 0),
     ("attempts", "05", 5),
     ("json", "a=b.js", "a=b.js"),
+    ("http", "[::1]:8025", ("::1", 8025)),
+    ("failcommand", "mail -s '-x=y' root", "mail -s '-x=y' root"),
 ]
 
 
 def options_of(*argv):
     return spoolgore.parse_options(list(argv))
+
+
+def test_check_needs_no_directory_but_a_relay():
+    assert options_of("-check") == options_of("spool")._replace(directory="", check=True)
+    for words, reason in {
+        ("-smtpaddr", "-"): "for flag -smtpaddr: there is no relay",
+        ("-checkto", "a b@x.org"): "bad local part",
+        ("-checkto", "root"): "without a domain",
+        ("-checkto", f"a@{'x' * 64}ß.org"): "for flag -checkto: ",
+    }.items():
+        with pytest.raises(spoolgore.UsageError, match=reason):
+            options_of("-check", *words)
 
 
 def spellings(flag, value):
@@ -783,6 +798,10 @@ def test_defaults():
         json="",
         status=False,
         flush=False,
+        check=False,
+        checkto="",
+        http="",
+        failcommand="",
     )
 
 
@@ -795,7 +814,7 @@ def test_every_flag_in_four_spellings_before_and_behind_the_directory(flag, text
         assert options_of(*users, "spool", *words) == expected
 
 
-@pytest.mark.parametrize("flag", ["fail5xx", "once", "status"])
+@pytest.mark.parametrize("flag", ["fail5xx", "once", "status", "check"])
 def test_switches_take_no_value_but_true(flag):
     expected = options_of("spool")._replace(**{flag: True})
     for word in (f"-{flag}", f"--{flag}", f"-{flag}=true", f"--{flag}=1"):
@@ -808,15 +827,10 @@ def test_switches_take_no_value_but_true(flag):
 def test_each_flag_of_the_usage_text_is_an_option():
     flags = spoolgore.flags(spoolgore.__doc__)
     assert {*flags, "directory", "names"} == {*spoolgore.Options._fields, "help", "version"}
-    assert {name for name, value in flags.items() if not value} == {
-        "fail5xx",
-        "once",
-        "status",
-        "flush",
-        "help",
-        "version",
-    }
-    assert {flag for flag, _, _ in FLAG_VALUES} == {name for name, value in flags.items() if value} - {"smtpauth"}
+    switches = {"fail5xx", "once", "status", "flush", "check", "help", "version"}
+    assert {name for name, value in flags.items() if not value} == switches
+    others = {"smtpauth", "checkto"}  # each needs another flag
+    assert {flag for flag, _, _ in FLAG_VALUES} == {name for name, value in flags.items() if value} - others
 
 
 @pytest.mark.parametrize(
@@ -836,6 +850,9 @@ def test_each_flag_of_the_usage_text_is_an_option():
         (["-smtpaddr", "[fe80::1%eth0]"], {"smtpaddr": [("fe80::1%eth0", 25)]}),
         (["-smtpaddr", "a:1, b:2 ,c"], {"smtpaddr": [("a", 1), ("b", 2), ("c", 25)]}),
         (["-rate", "1/s"], {"rate": [(1, 1)]}),
+        (["-checkto", "é@x.org", "-check"], {"check": True, "checkto": "é@x.org"}),
+        (["-http", "unix:/run/a b"], {"http": "unix:/run/a b"}),
+        (["-http", "localhost"], {"http": ("localhost", 8025)}),
         (["-rate", "60/m,3600/h,1000000/d"], {"rate": [(60, 60), (3600, 3600), (1000000, 86400)]}),
     ],
 )
@@ -861,6 +878,8 @@ BAD_VALUES = {
         *["", ",", "a:1,", "a:0", "a:65536", "a:x", "a:", "a:1:2", "::1", "[::1", "[::1]x", "a b:25", "[a b]:1", "x/y"],
         *["a..b:25", ".a", "x" * 64 + ".org", "-,a:25", "a:25, -"],
     ],
+    "http": ["unix:", "::1", "1:0", "a b", "a:1,b:2", "http://a:1", "1:99999"],
+    "checkto": ["root", "a@x.org"],  # the last one without -check
 }
 
 
@@ -5213,6 +5232,99 @@ def test_a_mail_that_is_removed_while_it_waits_is_forgotten(spool, relay, start)
     assert relay.wait_for(1)[0].recipients == ["a@x.org", "b@x.org"]
 
 
+def that_takes_nobody(scripted):
+    """A relay that takes nobody."""
+    relay = scripted()
+    relay.replies = {"RCPT": b"550 5.1.1 no such user\r\n"}
+    return relay
+
+
+def test_the_fail_command_gets_the_entry_when_all_is_on_the_disk_and_no_secrets(spool, scripted, run, tmp_path):
+    """One at a time: if two ran at once one of them could not make the directory."""
+    out = tmp_path / "out"
+    out.mkdir()
+    command = f"cd '{out}' && mkdir busy && n=$(ls | wc -l) && cat > entry$n && cp '{spool}/.spoolgore.js' status$n"
+    command += f" && ls '{spool}/.failed' > failed$n && env > env$n && sleep 0.02 && rmdir busy"
+    secrets = {"SPOOLGORE_SMTPPASSWORD": "s3cret", "WATCHDOG_USEC": "9000000", "NOTIFY_SOCKET": "@nobody"}
+    for number in range(4):
+        put(spool, f"m{number}", mail(f"u{number}@x.org", Subject="$(touch 'x')"))
+    flags = ["-once", "-fail5xx", "-smtpaddr", that_takes_nobody(scripted).address, "-failcommand", command]
+    daemon = run(*flags, env={**secrets, "KEPT": "yes"})
+    assert daemon.status_code == 0 and not [line for line in daemon.lines if "-failcommand" in line]
+    entries = [json.loads(path.read_text()) for path in out.glob("entry*")]
+    assert sorted(entry["File"] for entry in entries) == [f"{spool}/.failed/m{number}" for number in range(4)]
+    for path in out.glob("entry*"):
+        entry, number = json.loads(path.read_text()), path.name[5:]
+        assert path.read_text().count("\n") == 1 and entry["To"][0]["Error"] == "550 5.1.1 no such user"
+        known = json.loads((out / f"status{number}").read_text())
+        assert known[entry.pop("File")] == entry
+        assert os.path.basename(entry["To"][0]["Address"][1]) in (out / f"failed{number}").read_text()
+        environ = (out / f"env{number}").read_text()
+        assert "KEPT=yes" in environ and not re.search("SPOOLGORE_|WATCHDOG_|NOTIFY_|s3cret", environ)
+        assert "x.org" not in environ
+
+
+def test_what_goes_wrong_with_the_fail_command_is_said_once(spool, scripted, run):
+    for number in range(3):
+        put(spool, f"m{number}", mail())
+    daemon = run("-once", "-fail5xx", "-smtpaddr", that_takes_nobody(scripted).address, "-failcommand", "exit 3")
+    assert daemon.status_code == 0 and given_up(spool) == ["m0", "m1", "m2"]
+    assert [line for line in daemon.lines if "-failcommand" in line] == ["-failcommand: it failed with exit status 3"]
+
+
+def put_aside(spooler, name, count=1):
+    """A mail that was given up, as its delivery leaves it."""
+    path = f"{spooler.spool.failed}/{name}"
+    aside = spooler.queue.add(path, spoolgore.pack(path, envelope_to(*[in_state("given up")] * count)))
+    spooler.queue.become(aside, spoolgore.ASIDE)
+    return aside
+
+
+def test_a_fail_command_that_takes_too_long_is_killed_with_all_that_it_started(
+    spool, status, tmp_path, monkeypatch, logged
+):
+    """A mail of many recipients is more than a pipe holds, and these commands do not read it."""
+    monkeypatch.setattr(spoolgore, "FAIL_SECONDS", 1)
+    pids = tmp_path / "pids"
+    slow = f"sleep 600 & echo $! > '{pids}.new'; echo $$ >> '{pids}.new'; mv '{pids}.new' '{pids}'; sleep 600"
+    spooler = spooler_of(spool, status, "-failcommand", slow)
+    commands, aside = spooler.fail_command, put_aside(spooler, "m1", 2000)
+    commands.add(aside)
+    commands.stop(PATIENCE)
+    started = pids.read_text().split()
+    assert len(started) == 2 and logged() == ["-failcommand: it took longer than 1 s"]
+    wait_until(lambda: not any(is_alive(int(pid)) for pid in started), "what it started is still there")
+    pids.unlink()
+    commands.command = f"sleep 600 & echo $! > '{pids}'"
+    commands.add(aside)
+    commands.stop(PATIENCE)
+    wait_until(lambda: not is_alive(int(pids.read_text())), "what it left behind is still there")
+    assert len(logged()) == 1 and not commands.line
+    gevent.killall(list(spooler.keepers.values()))
+
+
+def is_alive(pid):
+    """Whether it runs: nobody may be there to bury it."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    return False
+
+
+def test_a_thousand_mails_wait_for_the_fail_command_and_no_more(spool, status, logged, monkeypatch):
+    monkeypatch.setattr(spoolgore, "FAIL_LINE", 3)
+    spooler = spooler_of(spool, status, "-failcommand", "true")
+    status.freeze(save=False)  # so that none of them is on the disk
+    for number in range(5):
+        spooler.fail_command.add(put_aside(spooler, f"m{number}"))
+        status.queue.mails[f"{spool}/.failed/m{number}"].news = 1
+    paths, rest = [f"{spool}/.failed/m{number}" for number in range(5)], "-failcommand is not run for it"
+    assert logged() == [f"{path} {rest}: 3 mails wait for that already" for path in paths[3:]]
+    spooler.fail_command.stop(0.01)
+    late = "-failcommand was not run for it to the end: the daemon stops"
+    assert logged()[2:] == [f"{path} {late}" for path in paths[:3]]
+    gevent.killall(list(spooler.keepers.values()))
+
+
 # ----------------------------------------- signals, -once, the printer, the log
 
 
@@ -7812,6 +7924,80 @@ def dial(address, *flags, environ=()):
     return spoolgore.dial(options.smtpaddr[0], options.timeout, security)
 
 
+def checked(*flags, environ=()):
+    """The exit status of -check, and its lines."""
+    lines = []
+    return spoolgore.check(options_of("-check", "-helo", "app.example.org", *flags), dict(environ), lines.append), lines
+
+
+def test_check_says_what_each_relay_is_like_and_sends_nothing(relay_with, certificates):
+    good, port = relay_with(tls_context=certificates.server()), free_port()
+    flags = ["-tls", "starttls", "-tlsca", certificates.ca, "-smtpaddr", f"{good.address},127.0.0.1:{port}"]
+    status, lines = checked(*map(str, flags), "-checkto", "straße@x.org")
+    assert status == 1
+    assert lines[0] == f"{good.address}: connected to {good.address}"
+    name = r"TLSv1\.[23], certificate of localhost, 127\.0\.0\.1, 0:0:0:0:0:0:0:1 until \w+ .* GMT \(in \d+[dh]\)"
+    assert re.fullmatch(f"{good.address}: {name}", lines[1])
+    assert lines[2].startswith(f"{good.address}: offers SIZE ") and "8BITMIME" in lines[2]
+    assert lines[3] == f"{good.address}: no login: there is no -smtpuser"
+    assert lines[4] == f"{good.address}: MAIL FROM:<straße@x.org> SMTPUTF8: 250 OK"
+    assert lines[5] == f"{good.address}: RCPT TO:<straße@x.org>: 250 2.1.5 fine"
+    assert lines[6:] == [f"127.0.0.1:{port}: FAILED: Connection refused"] and good.mails == []
+
+
+@pytest.mark.parametrize("kind", ["STARTTLS", "smtps"])
+def test_check_says_what_is_wrong_with_a_certificate(relay_with, certificates, kind):
+    for reason, path in certificates.bad.items():
+        relay = relay_with(**{"ssl_context" if kind == "smtps" else "tls_context": certificates.server(path)})
+        mode = "smtps" if kind == "smtps" else "starttls"
+        address = f"localhost:{relay.port}"
+        status, lines = checked("-tls", mode, "-tlsca", str(certificates.ca), "-smtpaddr", address)
+        assert status == 1 and len(lines) == 2
+        assert lines[1].startswith(f"{address}: FAILED: ") and reason in lines[1]
+
+
+def test_check_asks_for_leave_and_takes_it_back(scripted):
+    relay = scripted(["PIPELINING", "SMTPUTF8", "SIZE 1000", "AUTH PLAIN LOGIN"])
+    assert checked("-smtpaddr", relay.address, "-checkto", "a..b@straße.example") == (
+        0,
+        [
+            f"{relay.address}: connected to {relay.address}",
+            f"{relay.address}: not encrypted",
+            f"{relay.address}: offers PIPELINING, SMTPUTF8, SIZE 1000, AUTH PLAIN LOGIN",
+            f"{relay.address}: no login: there is no -smtpuser",
+            *[f'{relay.address}: MAIL FROM:<"a..b"@xn--strae-oqa.example>: 250 2.1.0 fine'],
+            *[f'{relay.address}: RCPT TO:<"a..b"@xn--strae-oqa.example>: 250 2.1.5 fine'],
+        ],
+    )
+    (conversation,) = relay.connections.items
+    verbs = [command[:4].upper() for command in conversation.commands]
+    assert verbs == [b"EHLO", b"MAIL", b"RCPT", b"RSET", b"QUIT"] and relay.mails.items == []
+
+
+def test_check_of_a_recipient_that_is_refused_and_of_a_hostile_reply(scripted):
+    def refuse(conversation):
+        conversation.replies["RCPT"] = lambda line: b"550-no\x1b[2J\r\n550 such \xff user\r\n"
+        Conversation.serve(conversation)
+
+    relay = scripted(serve=refuse)
+    status, lines = checked("-smtpaddr", relay.address, "-checkto", "a@x.org")
+    assert (status, lines[-1]) == (1, f"{relay.address}: FAILED: RCPT TO:<a@x.org>: 550 no [2J such \ufffd user")
+
+
+def test_check_of_a_login_needs_no_directory_and_shows_no_secret(relay_with, certificates):
+    def check_login(server, session, envelope, mechanism, data):
+        return aiosmtpd.smtp.AuthResult(success=data.password == b"right", handled=False)
+
+    relay = relay_with(authenticator=check_login, auth_require_tls=False)
+    flags = ["-check", "-smtpaddr", relay.address, "-smtpuser", "app"]
+    done = spoolgore_run(*flags, env={**os.environ, "SPOOLGORE_SMTPPASSWORD": "right"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == f"{relay.address}: logged in as app"
+    done = spoolgore_run(*flags, "-smtppassword", "wr0ng-s3cret")
+    assert done.returncode == 1 and "wr0ng" not in done.stdout + done.stderr
+    assert f"{relay.address}: FAILED: login refused: 535 " in done.stdout
+
+
 @pytest.fixture
 def relay_with():
     """A function that starts aiosmtpd with some options; all are stopped in the end."""
@@ -9469,7 +9655,7 @@ def test_the_lock_lasts_when_another_descriptor_of_its_file_is_closed(spool):
     assert asked.returncode == 1 and asked.stderr.endswith(f" the daemon of {spool} is not to be reached from here\n")
     assert "daemon: running, pid not known here\n" in spoolgore_run("-status", spool).stdout
     the_spool.lock()  # the same file again
-    assert spoolgore_run("-status", spool).stdout.startswith(f"daemon: running, pid {os.getpid()}, ")
+    assert spoolgore_run("-status", spool).stdout.startswith(f"daemon: running, pid {os.getpid()}\n")
 
 
 def test_an_older_version_keeps_this_one_out(spool):
@@ -10023,6 +10209,420 @@ def test_a_system_that_lacks_nearly_everything(spool, start, relay):
     assert daemon.stop() == 0
 
 
+# ----------------------------------------------------------------- the page
+
+
+def get(where, path="/", host="localhost", request=""):
+    """(status, headers, body) of what a page answers. where: a port, or the path of a socket."""
+    with open_page(where) as sock:
+        sock.sendall((request or f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n").encode())
+        return read_answer(sock)
+
+
+def open_page(where):
+    if isinstance(where, int):
+        return socket.create_connection(("127.0.0.1", where), PATIENCE)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(PATIENCE)
+    sock.connect(str(where))
+    return sock
+
+
+def read_answer(sock):
+    """It ends with the connection; the status is 0 if there is none."""
+    data = b""
+    while more := sock.recv(65536):
+        data += more
+    head, _, body = data.decode().partition("\r\n\r\n")
+    status, *lines = head.split("\r\n")
+    return int((status.split() or "00")[1]), dict(line.split(": ", 1) for line in lines), body
+
+
+def page_of(spool, status, *flags):
+    """A function that asks a page in this process, which never answers with what it drew before; and its Spooler."""
+    spooler = spooler_of(spool, status, *flags)
+    spooler.page.where = spoolgore.Address("127.0.0.1", 8025)
+
+    def ask(path, method="GET", host="localhost", local="127.0.0.1", fresh=True):
+        spooler.page._good_until *= not fresh
+        for other, (draw, _, _) in spooler.page.drawn.items():
+            spooler.page.drawn[other] = draw, 0.0, None
+        words, kind, body = spooler.page.answer(method, path, host, (local, 8025))
+        return int(words.split()[0]), kind, body.decode()
+
+    return ask, spooler
+
+
+@pytest.mark.parametrize(
+    "host, local, expected",
+    [
+        ("127.0.0.1:8025", "127.0.0.1", 200),
+        ("127.0.0.1", "127.0.0.1", 200),
+        ("LocalHost:8025", "127.0.0.1", 200),
+        ("localhost:9000", "127.0.0.1", 200),  # a forwarded port
+        ("[::1]:8025", "::1", 200),
+        ("[::1]", "::1", 200),
+        ("192.0.2.7", "::ffff:192.0.2.7", 200),
+        ("", "127.0.0.1", 421),
+        ("evil.example:8025", "127.0.0.1", 421),
+        ("localhost.evil.example", "127.0.0.1", 421),
+        ("127.0.0.1.evil.example:8025", "127.0.0.1", 421),
+        ("127.0.0.1,evil.example", "127.0.0.1", 421),
+        ("127.0.0.2", "127.0.0.3", 421),
+        ("[::2]", "::1", 421),
+        ("localhost:x", "127.0.0.1", 421),
+    ],
+)
+def test_a_name_that_was_made_to_lead_to_the_page_gets_nothing(spool, status, host, local, expected):
+    ask, _ = page_of(spool, status)
+    for path in ("/", "/metrics", "/health"):
+        assert ask(path, host=host, local=local)[0] == expected
+
+
+def test_the_page_takes_no_orders(spool, status):
+    ask, _ = page_of(spool, status)
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "get"):
+        assert ask("/", method)[0] == 405
+    for path in ("/x", "//", "/metrics/", "/../etc/passwd", "", "*", "http://localhost/", "/.spoolgore.js"):
+        assert ask(path)[0] == 404
+    assert ask("/", "HEAD")[0] == 200
+
+
+def counted(spooler):
+    """A queue with a mail in each state, as it comes to be."""
+    queue = spooler.queue
+    for name, person, become in [
+        ("waiting", addressee(), lambda mail: queue.line_up(mail, queue.old)),
+        ("deferred", addressee(attempts=2, error="451 <u1@x.org> later"), lambda mail: queue.rest(mail, NOW)),
+        ("deferred too", addressee(error="451 <u2@x.org> later"), lambda mail: queue.rest(mail, NOW)),
+        (".failed/given up", addressee(status=2, error="550 no"), lambda mail: queue.become(mail, spoolgore.ASIDE)),
+    ]:
+        mail = queue.add(f"{spooler.spool.directory}/{name}")
+        mail.entry = spoolgore.pack(mail.path, envelope_to(person, Enqueued=spoolgore.format_time(NOW - 90)))
+        become(mail)
+    for name, text in (("unusable", envelope_to(Error="has no recipients")), ("fifo", None)):
+        mail = queue.add(f"{spooler.spool.directory}/{name}")
+        mail.entry = text and spoolgore.pack(mail.path, text)
+        queue.line_up(mail, queue.fresh)
+        queue.become(mail, spoolgore.FLYING)
+        queue.become(mail, spoolgore.STUCK)
+
+
+def test_metrics_are_what_prometheus_reads(spool, status):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    ask, spooler = page_of(spool, status)
+    name = 'a"\\\n:25'
+    spooler.relay = spoolgore.Relays([down_relay(name), spoolgore.Relay("b:25", None, 1)])
+    spooler.relay.relays[1].transactions, spooler.relay.relays[1].seconds = 3, 0.75
+    spooler.tally.update({"sent": 7, "deferred": 2, "given up": 1})
+    counted(spooler)
+    code, kind, text = ask("/metrics")
+    assert (code, kind) == (200, "text/plain; version=0.0.4; charset=utf-8") and text.endswith("\n")
+    families = list(text_string_to_metric_families(text))
+    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
+    found = {(each.name[10:], *each.labels.values()): each.value for family in families for each in family.samples}
+    found.pop(("build_info", spoolgore.VERSION, sys.version.split()[0], gevent.__version__))
+    shown = spoolgore.one_line(name)
+    mails = {"in flight": 0, "waiting": 1, "deferred": 2, "given up": 1, "unusable": 1}
+    expected = {("mails", state): count for state, count in mails.items()}
+    expected.update(
+        {("recipients_sent_total",): 7, ("recipients_deferred_total",): 2, ("recipients_given_up_total",): 1}
+    )
+    expected.update({("oldest_wait_seconds",): 90, ("suspended",): 0})
+    for relay, values in ((shown, (0, 0, 0, 0, 0)), ("b:25", (1, 0, 0, 3, 0.75))):
+        names = (
+            "relay_up",
+            "connections",
+            *(f"{each}_total" for each in ("connections_opened", "transactions", "transaction_seconds")),
+        )
+        expected.update({(each, relay): value for each, value in zip(names, values)})
+    assert found == expected
+    assert len({family.name for family in families}) == len(families)
+
+
+def test_metrics_of_what_a_daemon_did(spool, scripted, start, tmp_path):
+    relay, where = scripted(), tmp_path / "page"
+    relay.replies = {"RCPT": lambda line: {b"later": b"451 later\r\n", b"never": b"550 no\r\n"}.get(line[9:14])}
+    put(spool, "m1", mail("a@x.org, later@x.org, b@x.org"))
+    put(spool, "m2", mail("never@x.org"))
+    start("-fail5xx", "-smtpaddr", relay.address, "-http", f"unix:{where}")
+
+    def found():
+        lines = [line.rpartition(" ") for line in get(where, "/metrics")[2].splitlines() if line[0] != "#"]
+        values = {name.partition("{")[0][10:]: float(value) for name, _, value in lines if "state" not in name}
+        return values["recipients_given_up_total"] and values["recipients_deferred_total"] and values
+
+    values = wait_until(found)
+    assert (values["recipients_sent_total"], values["recipients_deferred_total"]) == (2, 1)
+    assert values["transactions_total"] == 2 and values["connections_opened_total"] in (1, 2)
+    assert 0 < values["transaction_seconds_total"] < PATIENCE and values["relay_up"] == 1
+
+
+def test_health_is_no_while_somebody_should_look(spool, status):
+    ask, spooler = page_of(spool, status)
+    assert ask("/health") == (200, "text/plain; charset=utf-8", "ok\n")
+    spooler.suspended = True
+    spooler.relay = spoolgore.Relays([down_relay("a:25", "535 no\nway"), spoolgore.Relay("b:25", None, 1)])
+    counted(spooler)
+    reasons = ["the daemon is suspended", "relay a:25 is down", "1 given up", "1 unusable"]
+    assert ask("/health")[::2] == (503, "".join(f"{reason}\n" for reason in reasons))
+    spooler.clock = lambda: NOW + 3600
+    assert ask("/health")[2].splitlines()[4:] == ["a mail waits for 1h"]
+    spooler.options = spooler.options._replace(older=7200)
+    assert len(ask("/health")[2].splitlines()) == 4
+
+
+def test_the_page_shows_errors_mails_and_the_last_hour(spool, status, monkeypatch):
+    ask, spooler = page_of(spool, status)
+    counted(spooler)
+    spooler.relay = spoolgore.Relays([down_relay("a:25", "535 no\nway"), spoolgore.Relay("b:25", None, 1)])
+    text = ask("/")[2]
+    assert "<p class=bad>a:25 is down, tried again in 8s: 535 no way<p class=good>b:25 is up" in text
+    assert "<p>2 x 451 later<p>" in text
+    shown = re.findall(r"data-name='FILE'>([^<]*)", text)
+    assert sorted(shown) == ["deferred", "deferred too", "given up", "unusable", "waiting"]
+    assert shown[-2:] == ["given up", "unusable"] and "<rect" not in text
+    spooler.tally.update({"sent": 30, "deferred": 9, "given up": 1})
+    spooler.page.marks.append((10, 0, 0))
+    text = ask("/")[2]
+    assert re.findall(r"<title>(\d+ min ago: .*?)</title>", text) == [
+        "2 min ago: 10 sent, 0 deferred, 0 given up",
+        "1 min ago: 20 sent, 9 deferred, 1 given up",
+    ]
+    heights = [float(height) for height in re.findall(r"height=([\d.]+) /", text)]
+    assert heights == pytest.approx([100 / 3, 200 / 3, 30, 10 / 3], abs=0.01)
+    assert "recipients a minute, 30 at most" in text
+
+
+def test_a_hundred_thousand_mails_take_the_loop_for_milliseconds(spool, status, monkeypatch):
+    """Measured is the processor's time between two turns of the others, so that a busy machine makes no difference."""
+    ask, spooler = page_of(spool, status)
+    queue, pattern = (
+        spooler.queue,
+        spoolgore.pack("PATH", envelope_to(addressee(error="451 <USER@x.org>: no"))),
+    )
+    for number in range(100_000):
+        mail = queue.add(f"{spooler.spool.directory}/m{number}")
+        mail.entry = pattern.replace(b"PATH", mail.path.encode()).replace(b"USER", b"u%d" % number)
+        queue.rest(mail, NOW + number * 7919 % 100_000)
+    steps, real, began = [], gevent.sleep, [time.thread_time()]
+
+    def sleep(seconds):
+        steps.append(time.thread_time() - began[0])
+        real(seconds)
+        began[0] = time.thread_time()
+
+    monkeypatch.setattr(spoolgore.gevent, "sleep", sleep)
+    for path in ("/metrics", "/", "/health"):
+        began[0] = time.thread_time()
+        code, _, text = ask(path)
+        steps.append(time.thread_time() - began[0])
+        assert code == (503 if path == "/health" and "waiting" in text else 200)
+        assert path != "/" or (len(re.findall("<tr><td", text)) == 100 and "<p>100000 x 451: no" in text)
+    assert max(steps) < 0.02 and len(steps) > 1000
+    steps.clear()
+    ask("/metrics", fresh=False)
+    assert not steps, "what was found a moment ago is looked for again"
+
+
+def test_a_mail_of_very_many_recipients_is_not_unpacked(spool, status):
+    ask, spooler = page_of(spool, status)
+    for name, count in (("packed", 5000), ("live", 600)):
+        mail = spooler.queue.add(f"{spooler.spool.directory}/{name}")
+        entry = envelope_to(*[addressee() for _ in range(count)])
+        mail.entry = spoolgore.pack(mail.path, entry) if name == "packed" else entry
+        spooler.queue.line_up(mail, spooler.queue.old)
+    text = ask("/")[2]
+    assert "5000 recipients" in text and "600 recipients" in text
+
+
+def test_the_page_is_at_a_socket_for_its_owner_and_answers_once(spool, scripted, start, run, tmp_path):
+    where = tmp_path / "page"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(where))
+    daemon = start("-smtpaddr", scripted().address, "-http", f"unix:{where}")
+    wait_until(lambda: stat.S_IMODE(where.stat().st_mode) == 0o600)
+    head = "HTTP/1.1\r\nHost: anything\r\nConnection: keep-alive\r\n\r\n"
+    code, headers, body = get(where, request=f"GET / {head}GET / {head}")
+    assert code == 200 and body.count("<!doctype") == 1 and headers["Connection"] == "close"
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "<script" not in body
+    assert "http" not in re.sub("http-equiv", "", body), "something from elsewhere"
+    code, headers, body = get(where, request=f"HEAD /health {head}")
+    assert (code, headers["Content-Length"], body) == (200, "3", "")
+    code, headers, _ = get(where, request="POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc")
+    assert (code, headers["Allow"]) == (405, "GET, HEAD")
+    for words in ("nonsense", "GET /", "GET / HTTP/9.9", "GET / HTTP/x"):
+        assert get(where, request=f"{words}\r\n\r\n")[0] in (200, 400)
+    assert get(where, request="GET / HTTP/1.1\r\n" + "X: y\r\n" * 150 + "\r\n")[0] == 400
+    assert get(where, request="GET / HTTP/1.1\r\nX: " + "y" * 8000 + "\r\n\r\n")[0] == 200
+    for words in ("GET / HTTP/1.1\r\nX: " + "y" * 8190, "GET /" + "y" * 8190 + " HTTP/1.1"):
+        with contextlib.suppress(ConnectionError):  # it was closed with something unread
+            assert get(where, request=f"{words}\r\n\r\n")[0] == 0
+    with tempfile.TemporaryDirectory() as other:
+        second = run("-http", f"unix:{where}", directory=other)
+        assert (second.status_code, second.lines) == (1, [f"Address already in use: -http unix:{where}"])
+    assert get(where, "/health")[0] == 200 and daemon.stop() == 0 and not where.exists()
+    assert [line for line in daemon.lines if "unexpected" in line or "Traceback" in line] == []
+
+
+def test_an_address_that_cannot_be_had_for_the_page(spool, run, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run("-http", f"127.0.0.1:{port}").lines == [f"Address already in use: -http 127.0.0.1:{port}"]
+    (tmp_path / "file").write_text("precious")
+    for path, reason in {
+        tmp_path / "file": "Address already in use",
+        tmp_path / "no" / "page": "No such file or directory",
+        tmp_path / ("x" * 200): "AF_UNIX path too long",
+    }.items():
+        daemon = run("-http", f"unix:{path}")
+        assert (daemon.status_code, daemon.lines) == (1, [f"{reason}: -http unix:{path}"])
+    assert (tmp_path / "file").read_text() == "precious"
+    daemon = run("-http", "192.0.2.1:8025")
+    assert (daemon.status_code, daemon.lines) == (1, ["Cannot assign requested address: -http 192.0.2.1:8025"])
+
+
+def test_whoever_listens_for_all_is_warned(spool, scripted, start):
+    port = free_port()
+    daemon = start("-smtpaddr", scripted().address, "-http", f"0.0.0.0:{port}")
+    daemon.wait_for(f"-http 0.0.0.0:{port}: whoever can reach this address sees who gets mail")
+    assert get(port, "/health", f"127.0.0.1:{port}")[0] == 200
+    assert get(port, "/health", f"evil.example:{port}")[0] == 421
+    assert get(port, "/health", "127.0.0.2")[0] == 421
+
+
+def test_slow_visitors_and_a_thousand_at_once_hold_up_nobody(spool, scripted, start, tmp_path):
+    """The requests that never end are ended; meanwhile mails and others are served."""
+    relay, where = scripted(), tmp_path / "page"
+    python = changed("REQUEST_SECONDS, ANSWER_SECONDS = 8192, 5, 10", "REQUEST_SECONDS, ANSWER_SECONDS = 8192, 2, 2")
+    daemon = start("-smtpaddr", relay.address, "-http", f"unix:{where}", python=python)
+    wait_until(where.exists)
+    spoolgore.raise_descriptor_limit()
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(open_page(where)) for _ in range(1000)]
+        for sock in idle[:500]:
+            sock.sendall(b"GET / HTTP/1.1\r\n")
+        put(spool, "m1", mail("a@x.org"))
+        assert relay.wait_for(1)[0].recipients == ["a@x.org"]
+        assert get(where, "/health")[0] == 200
+        assert {read_answer(sock)[0] for sock in idle} == {0}
+    with open_page(where) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert get(where, "/health")[0] == 200
+    assert daemon.stop() == 0
+    assert [line for line in daemon.lines if "unexpected" in line or "Traceback" in line] == []
+
+
+class Chromium:
+    """A browser without a window, by the DevTools protocol over a pair of pipes."""
+
+    def __init__(self, program, directory):
+        to_browser, from_browser = os.pipe(), os.pipe()
+        shell = f'exec "$0" "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--remote-debugging-pipe",
+        ]
+        command = ["bash", "-c", shell, program, *flags, "--no-first-run", f"--user-data-dir={directory}"]
+        fds = (to_browser[0], from_browser[1])
+        self.process = subprocess.Popen(command, pass_fds=fds, stderr=subprocess.DEVNULL, start_new_session=True)
+        for fd in fds:
+            os.close(fd)
+        self.commands, self.events = open(to_browser[1], "wb", 0), open(from_browser[0], "rb")
+        self.number, self.unread, self.session = 0, b"", None
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.ask("Page.enable")
+
+    def ask(self, method, **parameters):
+        self.number += 1
+        session = {"sessionId": self.session} if self.session else {}
+        text = json.dumps({"id": self.number, "method": method, "params": parameters, **session})
+        self.commands.write(text.encode() + b"\0")
+        return self.wait_for(lambda message: message.get("id") == self.number)["result"]
+
+    def wait_for(self, matches):
+        while True:
+            while b"\0" not in self.unread:
+                more = os.read(self.events.fileno(), 65536)
+                assert more, "the browser has gone"
+                self.unread += more
+            text, _, self.unread = self.unread.partition(b"\0")
+            if matches(message := json.loads(text)):
+                return message
+
+    def show(self, url, width, scheme):
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.ask("Page.navigate", url=url)
+        self.wait_for(lambda message: message.get("method") == "Page.loadEventFired")
+
+    def value(self, expression):
+        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+
+    def screenshot(self, **clip):
+        return base64.b64decode(self.ask("Page.captureScreenshot", **clip)["data"])
+
+    def pixel(self, x, y):
+        """The colour there, as a screenshot shows it."""
+        png = self.screenshot(clip={"x": x, "y": y, "width": 1, "height": 1, "scale": 1})
+        chunks = re.findall(rb"IDAT(.*?)....(?=....I[DE])", png, re.DOTALL)
+        return tuple(zlib.decompress(b"".join(chunks))[1:4])
+
+    def close(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.commands.close()
+        self.events.close()
+
+
+HOSTILE = "<script>document.title='{0}'</script><img src=x onerror=\"document.title='{0}'\">&amp;'\"\x1b[2J\u202e"
+
+
+def test_a_browser_shows_hostile_text_as_text(spool, scripted, start, tmp_path):
+    (program,) = demand("chromium")
+    name = HOSTILE.format("name").replace("/", "\\")
+    person = addressee(HOSTILE.format("address"), attempts=1, error=HOSTILE.format("reply"), moment=FAR)
+    given_up = addressee("b@x.org", status=2, error=HOSTILE.format("error"))
+    put(spool, name, mail())
+    (spool / ".failed").mkdir()
+    put(spool / ".failed", "m2", mail())
+    entries = {name: envelope_to(person, From=HOSTILE.format("from")), ".failed/m2": envelope_to(given_up)}
+    write_entries(spool, entries)
+    banner = f"554 {HOSTILE.format('banner')}\r\n".encode()
+    relay, port = scripted(serve=lambda conversation: (conversation.send(banner), conversation.flush())), free_port()
+    put(spool, "m3", mail())
+    daemon = start("-smtpaddr", relay.address, "-http", f"127.0.0.1:{port}")
+    daemon.wait_for("relay unavailable")
+    browser = Chromium(program, tmp_path / "profile")
+    try:
+        for width in (400, 1400):
+            for scheme, back in (("light", (255, 255, 255)), ("dark", (20, 23, 27))):
+                browser.show(f"http://127.0.0.1:{port}/", width, scheme)
+                text = browser.value("document.body.innerText")
+                for what in ("reply", "error", "from", "address", "banner"):
+                    words = {"from": "document.title='from'", "address": "<script>document.title='address'</script>"}
+                    assert words.get(what, f"<script>document.title='{what}'</script>") in text, what
+                assert "<script>document.title='name'<\\script>" in text and "\u202e" not in text
+                assert browser.value("document.title") == f"! Spoolgore: {spool}"
+                assert browser.value("document.querySelectorAll('script, img, iframe, link').length") == 0
+                assert browser.value("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+                assert browser.value("getComputedStyle(document.body).maxWidth") == "1280px", "its style is not allowed"
+                assert browser.pixel(2, 2) == back
+                screenshot = browser.screenshot()
+                assert len(screenshot) > 20_000, "there is little to see"
+                if directory := os.environ.get("SCREENSHOTS"):
+                    Path(directory, f"{width}-{scheme}.png").write_bytes(screenshot)
+    finally:
+        browser.close()
+
+
 # ---------------------------------------------------------------- the README
 
 
@@ -10053,6 +10653,23 @@ def test_readme_shell_recipe(spool, relay, run):
     assert run("-once", "-smtpaddr", relay.address).status_code == 0
     assert relay.mails[0].recipients == ["you@example.org"]
     assert relay.mails[0].content.endswith(b"Subject: Backup done\r\n\r\nAll fine.\r\n")
+
+
+def test_readme_recipe_for_what_was_given_up(spool, scripted, run, tmp_path):
+    """It tells the administrator of a mail, and nobody of the mail that told him."""
+    block = re.search(r"<!-- failmail -->\n```sh\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    program, relay = tmp_path / "mail-failed", that_takes_nobody(scripted)
+    program.write_text(block.replace("/var/spool/yourapp", str(spool)))
+    program.chmod(0o755)
+    put(spool, "m1", mail("bob@x.org"))
+    flags = ["-once", "-fail5xx", "-smtpaddr", relay.address, "-failcommand", str(program)]
+    assert run(*flags).status_code in (0, 75)  # a mail may come too late for -once
+    assert run(*flags).status_code == 0 and names(spool) == []
+    first, told = sorted(given_up(spool), key=lambda name: name != "m1")
+    message = email.message_from_bytes((spool / ".failed" / told).read_bytes())
+    assert first == "m1" and message["To"] == "postmaster@example.org" and message["X-Sender"] == "<>"
+    entry = json.loads(message.get_payload().replace("\n", ",").strip(","))
+    assert entry["File"] == str(spool / ".failed" / "m1") and entry["To"][0]["Address"] == "bob@x.org"
 
 
 def test_readme_python_recipe(spool):
