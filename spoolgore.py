@@ -183,7 +183,7 @@ except ImportError:  # everywhere else
 #               (4xx), refused (5xx), or again (not asked yet)
 # settled       every recipient is delivered or given up
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 RECIPIENTS_PER_TRANSACTION = 100  # RFC 5321 4.5.3.1.8: every relay takes these
 ADDRESS_LIMIT = 254  # octets; RFC 5321 4.5.3.1.3 less the angle brackets
 HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
