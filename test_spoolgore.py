@@ -10178,7 +10178,7 @@ def test_warnings_of_docopt_are_not_shown(tmp_path):
     """As Python 3.12 and later compile docopt 0.6.2."""
     (tmp_path / "docopt.py").write_text("import warnings\nwarnings.warn('invalid escape', SyntaxWarning)\n" + DOCOPT)
     done = subprocess.run(
-        [sys.executable, "-W", "always", str(SCRIPT), "-version"],
+        [sys.executable, "-W", "always::SyntaxWarning", str(SCRIPT), "-version"],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
     assert (done.stdout, done.stderr) == (f"spoolgore.py {spoolgore.VERSION}\n", "")
