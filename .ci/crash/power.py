@@ -456,6 +456,7 @@ def run_modelled(workshop, case):
     state = recording.states[case.number]
     until = recording.moments[state.last + 1]
     busy = Busy(workshop, case.dialect, recording.features, case.mode == "elsewhere").without_rate()
+    busy.may_miss_news = True
     with contextlib.closing(busy), explained(lambda: description(recording, state), busy.words):
         busy.mails = recording.mails
         materialize(busy, recording, state)
@@ -582,6 +583,7 @@ def shut_down(directory):
 
 def run_real(workshop, case, options):
     busy = Busy(workshop, case.dialect, options.features, case.mode == "elsewhere", Lasting()).without_rate()
+    busy.may_miss_news = True
     image, cut = busy.home / "image", PowerCut(case.number, busy.spool)
     with contextlib.closing(busy), explained(lambda: f"cut before {cut.last or 'nothing'}", busy.words):
         make_file_system(image)
