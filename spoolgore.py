@@ -2322,7 +2322,7 @@ class Watch:
 # The SMTP conversation, and the store of connections. What holds:
 #
 # 1. An octet that was not asked for is found before the next command is sent. Else a stray 250 becomes its answer.
-# 2. A mail is delivered to a recipient if every reply that concerns him is 2xx, and as many came as were asked for.
+# 2. A mail is delivered to a recipient if every reply that concerns it is 2xx, and as many came as were asked for.
 # 3. A transaction is made again, uncounted, only if the relay had gone before it (nothing was answered), or if an
 #    extension is not used any more the next time. The second time is careful: no content before the relay's word.
 # 4. What went wrong with a relay is not used again with it until it was down, or an hour is over.
@@ -2340,6 +2340,19 @@ CONNECTION_SECONDS = 300  # a connection's life
 LOGIN_PROBE_SECONDS = 1800  # between two dials to a relay that refuses the login, at the longest
 SILENT_SECONDS = 60  # a relay of which nothing was heard for so long, and that takes no connection, is down
 CAP_SECONDS = 30  # how long a relay's limit on connections is believed
+
+MAYBE = ": the mail may have arrived"
+SURPLUS = "the relay said more than it was asked for"
+REPLY = re.compile(rb"((?:[2-5]\d\d-[^\n]*\n)*)([2-5]\d\d)(?: [^\n]*|\r)?\n")  # RFC 5321 4.2.1
+BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
+NO_BDAT = (500, 502, 503, 504)  # what a relay says that does not know this command, whatever it offers
+NO_MECHANISM = (500, 502, 504)
+EXTENSIONS = ("CHUNKING", "PIPELINING")
+# What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
+# may still act on what it was sent.
+GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+# Paths, a line each, that stand in MAIL and RCPT as they are.
+PLAIN_PATHS = re.compile(rf"(?:(?:{PLAIN.pattern})?\n)+", re.ASCII)
 
 
 class Verdict(enum.Enum):
@@ -2382,20 +2395,6 @@ class Surplus(RelayError):
 
 class Repeat(Exception):
     """The transaction is to be made again, on another connection, carefully."""
-
-
-MAYBE = ": the mail may have arrived"
-SURPLUS = "the relay said more than it was asked for"
-REPLY = re.compile(rb"((?:[2-5]\d\d-[^\n]*\n)*)([2-5]\d\d)(?: [^\n]*|\r)?\n")  # RFC 5321 4.2.1
-BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
-NO_BDAT = (500, 502, 503, 504)  # what a relay says that does not know this command, whatever it offers
-NO_MECHANISM = (500, 502, 504)
-EXTENSIONS = ("CHUNKING", "PIPELINING")
-# What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
-# may still act on what it was sent.
-GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-# Paths, a line each, that stand in MAIL and RCPT as they are.
-PLAIN_PATHS = re.compile(rf"(?:(?:{PLAIN.pattern})?\n)+", re.ASCII)
 
 
 class Reply(NamedTuple):
@@ -2520,8 +2519,9 @@ class Connection:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's would break the reader's object
 
-    def _is_late(self, error):
-        return self.expired or isinstance(error, socket.timeout)
+    def _fault(self, error, late):
+        """The error, or, if that is only how a time limit shows, late."""
+        return late if self.expired or isinstance(error, socket.timeout) else error
 
     # -- commands and replies
 
@@ -2542,8 +2542,7 @@ class Connection:
                 self.sock.sendall(memoryview(data)[sent:])
             self.heard = time.monotonic()  # a sign of life: a large mail is taken piece by piece
         except OSError as error:
-            late = RelayError("timed out, the relay does not read what it is sent")
-            raise (late if self._is_late(error) else error) from None
+            raise self._fault(error, RelayError("timed out, the relay does not read what it is sent")) from None
 
     def reply(self, seconds=None):
         """The next Reply, whole within the time limit. Raises RelayError, OSError."""
@@ -2592,8 +2591,7 @@ class Connection:
             if not data:
                 raise ConnectionResetError("connection closed by the relay")
         except OSError as error:
-            late = Silence("timed out waiting for the relay's reply")
-            raise (late if self._is_late(error) else error) from None
+            raise self._fault(error, Silence("timed out waiting for the relay's reply")) from None
         self.heard = time.monotonic()
         self.buffer += data
         return data
@@ -2724,15 +2722,15 @@ class Opening(smtplib.SMTP):
         self.connection.send(data.encode() if isinstance(data, str) else data)
 
     def getreply(self):
-        reply = self.connection.reply()
-        return reply.code, reply.text.encode()
+        self.latest = self.connection.reply()
+        return self.latest.code, self.latest.text.encode()
 
     def say_hello(self):
         """EHLO, or HELO where that is not known. Raises RelayRefused."""
-        code, text = self.ehlo()
-        if not 200 <= code < 300 and code != 421:
-            code, text = self.helo()
-        expect(Reply(code, readable(text), 200 <= code < 300))
+        self.ehlo()
+        if not self.latest.ok and self.latest.code != 421:
+            self.helo()
+        expect(self.latest)
 
     def starttls(self, security):
         expect(self.ask("STARTTLS"))
@@ -2900,28 +2898,27 @@ class Transaction:
         return self.replies[-1] if len(self.replies) == len(self.addresses) + 2 else None
 
     def _content(self):
-        """After DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
+        """After DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1). Its reply."""
         opened = self.opened
-        if self.chunked and opened:
-            self._conclude(opened)
-            if opened.code == 354:
-                self.connection.spoil("it waits for content")
-        elif opened and opened.code == 354:
+        if not opened or (opened.code != 354 and not self.chunked):
+            return
+        if not self.chunked:
             self._send_content()
-            self._conclude(self.connection.reply(FINAL_REPLY_SECONDS))
-
-    def _chunks(self, wanted):
-        """The content as DATA wants it."""
-        if not wanted:
-            return [b".\r\n"]
-        if self.message.whole is None:
-            return itertools.chain(dot_stuffed(self.message.content()), [b".\r\n"])
-        return [(b"\r\n" + self.message.whole).replace(b"\r\n.", b"\r\n..")[2:] + b".\r\n"]
+        self.final = opened if self.chunked else self.connection.reply(FINAL_REPLY_SECONDS)
+        if self.connection.buffer:  # then the reply may be that to an earlier command
+            self.surplus = self.connection.surplus()
+            self.connection.spoil(SURPLUS)
+        if self.chunked and opened.code == 354:
+            self.connection.spoil("it waits for content")
 
     def _send_content(self):
-        wanted = bool(self._accepted())
+        wanted, whole, chunks = bool(self._accepted()), self.message.whole, [b".\r\n"]
+        if wanted and whole is None:
+            chunks = itertools.chain(dot_stuffed(self.message.content()), chunks)
+        elif wanted:
+            chunks = [(b"\r\n" + whole).replace(b"\r\n.", b"\r\n..")[2:] + b".\r\n"]
         try:
-            for number, chunk in enumerate(self._chunks(wanted)):
+            for number, chunk in enumerate(chunks):
                 if number:  # a relay that takes all at once gets one chunk a turn: the others have theirs
                     gevent.sleep(0)
                 self.connection.send(chunk)
@@ -2930,13 +2927,6 @@ class Transaction:
                 self.final = self.connection.reply(LAST_WORDS_SECONDS)
             raise
         self.complete = wanted
-
-    def _conclude(self, final):
-        """The reply to the content, and what came after it: then it may be that to an earlier command."""
-        self.final = final
-        if self.connection.buffer and (surplus := self.connection.surplus()):
-            self.surplus = surplus
-            self.connection.spoil(SURPLUS)
 
     # -- whether it is to be made again
 
@@ -2950,9 +2940,8 @@ class Transaction:
         if self.complete and isinstance(self.error, Silence):
             return
         if self._may_have_arrived():
-            log(
-                f"{self.connection.address}: the mail to {', '.join(self.addresses)} is sent again, it may have arrived"
-            )
+            names = ", ".join(self.addresses)
+            log(f"{self.connection.address}: the mail to {names} is sent again, it may have arrived")
         raise Repeat
 
     def _unanswered(self):
@@ -3265,8 +3254,8 @@ class Relay:
         self.on_news()
 
     def tend(self):
-        """Whoever looks after the connections, or waits for the relay while it is down, is there; again, if he died.
-        What went wrong with the relay long ago is forgotten."""
+        """Start, also when it has died, what looks after connections, and what waits for the relay while it is down.
+        Forget what went wrong with the relay long ago."""
         if self.established and is_over(self._attender):
             self._attender = gevent.spawn(self._attend)
         if self.down and not self._retired and is_over(self._prober):
@@ -3303,7 +3292,6 @@ class Relay:
             if connection.usable():
                 return connection
             self._discard(connection)
-        return None
 
     def _may_dial(self):
         """One dial at first, then as many at once as there are connections: a relay that is away is not stormed."""
@@ -3415,7 +3403,7 @@ class Relay:
 
     def fact(self):
         """``up``, or ``down, tried again TIME, REASON``."""
-        reason = self.down.replace(f"{self.name}: ", "", 1)
+        reason = self.down.removeprefix(f"{self.name}: ")
         return f"down, tried again {format_time(self.again)}, {reason}" if self.down else "up"
 
 
@@ -3436,13 +3424,13 @@ class Relays:
             relay.on_news = self.note
 
     def note(self):
-        """Something has become of a relay."""
+        """A relay has news: see Relay."""
         reasons = [relay.down for relay in self.relays]
         self.down = "; ".join(reasons) if all(reasons) else ""
         self.on_news()
 
     def send(self, sender, addresses, message):
-        """As a Relay's. Among several, who took the mail is told by whom."""
+        """As Relay.send(). If there are several, each outcome names the relay that took the mail."""
         for relay in self.relays:
             with contextlib.suppress(RelayDown):
                 outcomes = relay.send(sender, addresses, message)
