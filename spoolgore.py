@@ -189,20 +189,7 @@ ADDRESS_LIMIT = 254  # octets; RFC 5321 4.5.3.1.3 less the angle brackets
 HEADER_LIMIT = 16 * 2**20  # octets of header that are worth parsing
 CHUNK = 128 * 1024  # octets; a mail up to this size is held whole, a larger one streamed
 RECIPIENT_LIMIT = 100_000  # a mail with more of them is held
-ERROR_LIMIT = 1024  # octets of a relay's error that are kept
-REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
-EHLO_LINES, REPLY_LINES = 250, 100  # more lines than this are no reply
-SHUNNED_SECONDS = 3600  # an extension that went wrong with a relay is not used for so long
-FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
-ATTEND_SECONDS = 0.5  # how often connections are looked after: so much later may a time limit strike
-IDLE_SECONDS = 5  # then an unused connection is closed
-FRESH_SECONDS = 1  # a connection unused for longer is asked before content is sent
-LAST_WORDS_SECONDS = 1  # for what a relay said before it stopped listening
-CONNECTION_SECONDS = 300  # a connection's life
 PROBE_SECONDS = 10  # the longest pause between two dials to a relay that is down
-LOGIN_PROBE_SECONDS = 1800  # the same, while it refuses the login
-SILENT_SECONDS = 60  # a relay of which nothing was heard for so long, and that takes no connection, is down
-CAP_SECONDS = 30  # how long a relay's limit on connections is believed
 SPARE_DESCRIPTORS = 30  # for the lock, the status, inotify, the interpreter
 QUIET_SECONDS = 1  # how long a file must rest where leases are not to be had
 UNCLOSED_SECONDS = 60  # the same, if its writer was seen to come and not to go (a link may look like that), or is there
@@ -2335,10 +2322,37 @@ class Watch:
 # The SMTP conversation, and the store of connections. What holds:
 #
 # 1. An octet that was not asked for is found before the next command is sent. Else a stray 250 becomes its answer.
-# 2. A mail is delivered to a recipient if every reply that concerns him is 2xx, and as many came as were asked for.
+# 2. A mail is delivered to a recipient if every reply that concerns it is 2xx, and as many came as were asked for.
 # 3. A transaction is made again, uncounted, only if the relay had gone before it (nothing was answered), or if an
 #    extension is not used any more the next time. The second time is careful: no content before the relay's word.
 # 4. What went wrong with a relay is not used again with it until it was down, or an hour is over.
+
+ERROR_LIMIT = 1024  # octets of a relay's error that are kept
+REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
+EHLO_LINES, REPLY_LINES = 250, 100  # more lines than this are no reply
+SHUNNED_SECONDS = 3600  # an extension that went wrong with a relay is not used for so long
+FINAL_REPLY_SECONDS = 600  # RFC 5321 4.5.3.2.6
+ATTEND_SECONDS = 0.5  # how often connections are looked after: so much later may a time limit strike
+IDLE_SECONDS = 5  # then an unused connection is closed
+FRESH_SECONDS = 1  # a connection unused for longer is asked before content is sent
+LAST_WORDS_SECONDS = 1  # for what a relay said before it stopped listening
+CONNECTION_SECONDS = 300  # a connection's life
+LOGIN_PROBE_SECONDS = 1800  # between two dials to a relay that refuses the login, at the longest
+SILENT_SECONDS = 60  # a relay of which nothing was heard for so long, and that takes no connection, is down
+CAP_SECONDS = 30  # how long a relay's limit on connections is believed
+
+MAYBE = ": the mail may have arrived"
+SURPLUS = "the relay said more than it was asked for"
+REPLY = re.compile(rb"((?:[2-5]\d\d-[^\n]*\n)*)([2-5]\d\d)(?: [^\n]*|\r)?\n")  # RFC 5321 4.2.1
+BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
+NO_BDAT = (500, 502, 503, 504)  # what a relay says that does not know this command, whatever it offers
+NO_MECHANISM = (500, 502, 504)
+EXTENSIONS = ("CHUNKING", "PIPELINING")
+# What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
+# may still act on what it was sent.
+GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
+# Paths, a line each, that stand in MAIL and RCPT as they are.
+PLAIN_PATHS = re.compile(rf"(?:(?:{PLAIN.pattern})?\n)+", re.ASCII)
 
 
 class Verdict(enum.Enum):
@@ -2371,10 +2385,6 @@ class LoginRefused(RelayError):
     """The relay does not accept the user or the password."""
 
 
-class MechanismRefused(LoginRefused):
-    """The relay does not know the kind of login that it offers."""
-
-
 class Silence(RelayError):
     """A reply did not come in time."""
 
@@ -2387,20 +2397,6 @@ class Repeat(Exception):
     """The transaction is to be made again, on another connection, carefully."""
 
 
-MAYBE = ": the mail may have arrived"
-SURPLUS = "the relay said more than it was asked for"
-REPLY = re.compile(rb"((?:[2-5]\d\d-[^\n]*\n)*)([2-5]\d\d)(?: [^\n]*|\r)?\n")  # RFC 5321 4.2.1
-BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
-NO_BDAT = (500, 502, 503, 504)  # what a relay says that does not know this command, whatever it offers
-NO_MECHANISM = (500, 502, 504)
-EXTENSIONS = ("CHUNKING", "PIPELINING")
-# What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
-# may still act on what it was sent.
-GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
-# Paths, a line each, that stand in MAIL and RCPT as they are.
-PLAIN_PATHS = re.compile(rf"(?:(?:{PLAIN.pattern})?\n)+", re.ASCII)
-
-
 class Reply(NamedTuple):
     """An SMTP reply (RFC 5321 4.2): its code, all its lines' text, and whether it is 2xx."""
 
@@ -2410,11 +2406,6 @@ class Reply(NamedTuple):
 
     def __str__(self):
         return f"{self.code} {self.text}"
-
-    @property
-    def closing(self):
-        """The relay ends the connection; it may say so at any time (RFC 5321 3.8)."""
-        return self.code == 421
 
     @property
     def verdict(self):
@@ -2437,6 +2428,41 @@ def readable(data):
 
 
 IS_OK = operator.attrgetter("ok")
+
+
+def octets_of(text):
+    """UTF-8, and what was none on the command line or in the environment as it was there."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+class Secrets:
+    """What a relay was told, and may repeat, whole or in part, plain or in base64."""
+
+    def __init__(self):
+        self.parts = {}  # from a length to the parts of so many octets in a row
+
+    def add(self, text):
+        """Text, as it looks when a relay repeats it."""
+        secret = readable(octets_of(text)).encode().lower()
+        if len(secret) > 2:  # less is no secret: it stands in every text
+            size = min(len(secret), max(4, min(len(secret) // 2, 6)))
+            self.parts.setdefault(size, set()).update(secret[n : n + size] for n in range(len(secret) - size + 1))
+
+    def add_password(self, password):
+        """Itself, and what it becomes in base64 wherever it stands in what is encoded."""
+        self.add(password)
+        for before, start in ((0, 0), (1, 2), (2, 3)):  # octets before it, and letters of which these have a part
+            self.add(base64.b64encode(bytes(before) + octets_of(password))[start:].decode().rstrip("="))
+
+    def redact(self, text):
+        """The beginning of a relay's error, with three asterisks in place of secrets."""
+        kept = text.encode("utf-8", "replace")[:ERROR_LIMIT]
+        plain, shown = kept.lower(), bytearray(kept)
+        for size, parts in self.parts.items():
+            for start in range(len(plain) - size + 1):
+                if plain[start : start + size] in parts:
+                    shown[start : start + size] = bytes(size)
+        return re.sub(b"\0+", b"***", shown).decode("utf-8", "ignore")
 
 
 class Offers(NamedTuple):
@@ -2463,7 +2489,7 @@ class Connection:
         self.most_lines = EHLO_LINES
         self.buffer = b""
         self.broken = ""  # why it cannot be used any more
-        self.secrets = ()  # what it was told, and maybe repeats: see redacted()
+        self.secrets = Secrets()
         self.is_mute = False  # the relay's words are not quoted: they may be a secret's in any shape
         self.uses = 0
         self.deadline, self.watched, self.expired = math.inf, False, False
@@ -2493,8 +2519,9 @@ class Connection:
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)  # SSLSocket's would break the reader's object
 
-    def _is_late(self, error):
-        return self.expired or isinstance(error, socket.timeout)
+    def _fault(self, error, late):
+        """The error, or, if that is only how a time limit shows, late."""
+        return late if self.expired or isinstance(error, socket.timeout) else error
 
     # -- commands and replies
 
@@ -2515,8 +2542,7 @@ class Connection:
                 self.sock.sendall(memoryview(data)[sent:])
             self.heard = time.monotonic()  # a sign of life: a large mail is taken piece by piece
         except OSError as error:
-            late = RelayError("timed out, the relay does not read what it is sent")
-            raise (late if self._is_late(error) else error) from None
+            raise self._fault(error, RelayError("timed out, the relay does not read what it is sent")) from None
 
     def reply(self, seconds=None):
         """The next Reply, whole within the time limit. Raises RelayError, OSError."""
@@ -2525,39 +2551,37 @@ class Connection:
         return found[0]
 
     def read_replies(self, found, count, seconds):
-        """Add replies to those that were found until there are so many, or one is 421. Raises RelayError, OSError."""
+        """Add replies to those that were found until there are so many, or one is 421. Each must be whole within
+        so many seconds. Raises RelayError, OSError."""
+        self.deadline = time.monotonic() + seconds
         while len(found) < count and not self.broken:
-            match = REPLY.match(self.buffer) or self._await_reply(seconds)
-            if match[0].count(b"\n") > self.most_lines:
-                raise self._too_long()
+            match = REPLY.match(self.buffer)
+            if (match[0] if match else self.buffer).count(b"\n") > self.most_lines:
+                raise RelayError(f"a reply of more than {self.most_lines} lines: {self.quote(self.buffer)}")
+            if not match:
+                self._receive_line()
+                continue
             self.buffer = self.buffer[match.end() :]
             found.append(make_reply(match[2], match[0]))
+            self.deadline = time.monotonic() + seconds
             if match[2] == b"421":
                 self.spoil(str(found[-1]))
 
     def surplus(self):
-        """The replies that have come and were not asked for, but for 421."""
+        """The replies that have come and were not asked for; not 421, which may come at any time (RFC 5321 3.8)."""
         found = []
         while REPLY.match(self.buffer) and not self.broken:
             self.read_replies(found, len(found) + 1, 0)
         if self.buffer and not b"421".startswith(self.buffer[:3]):
             found.append(Reply(0, self.quote(self.buffer), False))
-        return [reply for reply in found if not reply.closing]
+        return [reply for reply in found if reply.code != 421]
 
-    def _await_reply(self, seconds):
-        """The match of a whole reply, which is not in the buffer yet."""
-        self.deadline = time.monotonic() + seconds
-        while not (match := REPLY.match(self.buffer)):
-            if self.buffer and (len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer)):
-                raise RelayError(f"not an SMTP reply: {self.quote(self.buffer)}")
-            if self.buffer.count(b"\n") > self.most_lines:
-                raise self._too_long()
-            while b"\n" not in self._receive() and len(self.buffer) <= REPLY_LIMIT:
-                pass  # only what is new is looked at
-        return match
-
-    def _too_long(self):
-        return RelayError(f"a reply of more than {self.most_lines} lines: {self.quote(self.buffer)}")
+    def _receive_line(self):
+        """Add what comes to the buffer, until a line ends in it."""
+        if self.buffer and (len(self.buffer) > REPLY_LIMIT or not BEGUN_REPLY.fullmatch(self.buffer)):
+            raise RelayError(f"not an SMTP reply: {self.quote(self.buffer)}")
+        while b"\n" not in self._receive() and len(self.buffer) <= REPLY_LIMIT:
+            pass  # only what is new is looked at
 
     def _receive(self):
         if not self.watched:
@@ -2567,16 +2591,12 @@ class Connection:
             if not data:
                 raise ConnectionResetError("connection closed by the relay")
         except OSError as error:
-            late = Silence("timed out waiting for the relay's reply")
-            raise (late if self._is_late(error) else error) from None
+            raise self._fault(error, Silence("timed out waiting for the relay's reply")) from None
         self.heard = time.monotonic()
         self.buffer += data
         return data
 
     # -- use and end
-
-    def idle_for(self):
-        return time.monotonic() - self.used
 
     def usable(self):
         """Whether an idle connection is young enough, and neither closed by the relay nor spoken to."""
@@ -2601,7 +2621,7 @@ class Connection:
         """Do not use these any more with this relay. reason: what went wrong."""
         self.spoil(reason)
         self.shunned.update(dict.fromkeys(extensions, time.monotonic() + SHUNNED_SECONDS))
-        log(f"{self.address}: {redacted(reason, self.secrets)}: no {' and no '.join(extensions)} from now on")
+        log(f"{self.address}: {self.secrets.redact(reason)}: no {' and no '.join(extensions)} from now on")
 
     def transact(self, sender, addresses, message, carefully=False):
         """Send one mail to up to 100 addresses; returns a dict from address to Outcome. Raises Repeat."""
@@ -2609,7 +2629,7 @@ class Connection:
             outcomes = Transaction(self, sender, addresses, message, carefully).run()
             for address, (verdict, text) in outcomes.items():
                 if verdict is not Verdict.DELIVERED:
-                    outcomes[address] = Outcome(verdict, redacted(text, self.secrets))
+                    outcomes[address] = Outcome(verdict, self.secrets.redact(text))
             return outcomes
         except BaseException:
             self.spoil("it was left in the middle of a transaction")
@@ -2646,7 +2666,8 @@ def dial(address, timeout, security, witness=None):
         if security.implicit_tls(address):
             security.encrypt(connection)
         opening = Opening(connection, security.helo)
-        opening.greet()
+        expect(connection.reply())
+        opening.say_hello()
         if security.wants_starttls(opening):
             opening.starttls(security)
         if witness:
@@ -2658,7 +2679,7 @@ def dial(address, timeout, security, witness=None):
         connection.offers = opening.offers()
     except BaseException as error:
         if isinstance(error, RelayError):
-            error.args = (redacted(str(error), connection.secrets),)
+            error.args = (connection.secrets.redact(str(error)),)
         connection.close()
         raise
     return connection
@@ -2701,19 +2722,15 @@ class Opening(smtplib.SMTP):
         self.connection.send(data.encode() if isinstance(data, str) else data)
 
     def getreply(self):
-        reply = self.connection.reply()
-        return reply.code, reply.text.encode()
-
-    def greet(self):
-        """The banner, and EHLO, or HELO where EHLO is not known. Raises RelayRefused."""
-        expect(self.connection.reply())
-        self.say_hello()
+        self.latest = self.connection.reply()
+        return self.latest.code, self.latest.text.encode()
 
     def say_hello(self):
-        code, text = self.ehlo()
-        if not 200 <= code < 300 and code != 421:
-            code, text = self.helo()
-        expect(Reply(code, readable(text), 200 <= code < 300))
+        """EHLO, or HELO where that is not known. Raises RelayRefused."""
+        self.ehlo()
+        if not self.latest.ok and self.latest.code != 421:
+            self.helo()
+        expect(self.latest)
 
     def starttls(self, security):
         expect(self.ask("STARTTLS"))
@@ -2802,7 +2819,8 @@ class Transaction:
             taken = Outcome(Verdict.DELIVERED, f"{self.final.code} {self.final.text}")
             return {**refusals, **dict.fromkeys(self.addresses, taken)}
         self._judge()
-        return {**refusals, **dict(zip(self.addresses, self._outcomes()))}
+        content = self._content_outcome()
+        return {**refusals, **{to: self._outcome(number, content) for number, to in enumerate(self.addresses, 1)}}
 
     def all_went_well(self):
         asked = self.replies[: len(self.addresses) + 1]
@@ -2820,8 +2838,7 @@ class Transaction:
         problems = {address: self._unspeakable(address) for address in self.addresses}
         if problem := self._unspeakable(self.sender):
             problems = dict.fromkeys(self.addresses, f"the sender {problem}")
-        refused = {address: f"553 5.6.7 not sent: {problem}" for address, problem in problems.items() if problem}
-        return {address: Outcome(Verdict.REFUSED, text) for address, text in refused.items()}
+        return {to: Outcome(Verdict.REFUSED, f"553 5.6.7 not sent: {why}") for to, why in problems.items() if why}
 
     def _unspeakable(self, address):
         try:
@@ -2844,7 +2861,9 @@ class Transaction:
                 self._ask(commands[-1:])
         self._content()
         if not (self.final and self.final.ok) and not self.connection.broken:
-            self._reset()
+            self.connection.send(b"RSET\r\n")
+            if not (reply := self.connection.reply()).ok:
+                self.connection.spoil(str(reply))
 
     def _commands(self):
         """MAIL, each RCPT, and DATA, or BDAT with the content."""
@@ -2879,28 +2898,27 @@ class Transaction:
         return self.replies[-1] if len(self.replies) == len(self.addresses) + 2 else None
 
     def _content(self):
-        """After DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1)."""
+        """After DATA's 354: the content, or a lone dot when nobody is left to have it (RFC 2920 3.1). Its reply."""
         opened = self.opened
-        if self.chunked and opened:
-            self._conclude(opened)
-            if opened.code == 354:
-                self.connection.spoil("it waits for content")
-        elif opened and opened.code == 354:
+        if not opened or (opened.code != 354 and not self.chunked):
+            return
+        if not self.chunked:
             self._send_content()
-            self._conclude(self.connection.reply(FINAL_REPLY_SECONDS))
-
-    def _chunks(self, wanted):
-        """The content as DATA wants it."""
-        if not wanted:
-            return [b".\r\n"]
-        if self.message.whole is None:
-            return itertools.chain(dot_stuffed(self.message.content()), [b".\r\n"])
-        return [(b"\r\n" + self.message.whole).replace(b"\r\n.", b"\r\n..")[2:] + b".\r\n"]
+        self.final = opened if self.chunked else self.connection.reply(FINAL_REPLY_SECONDS)
+        if self.connection.buffer:  # then the reply may be that to an earlier command
+            self.surplus = self.connection.surplus()
+            self.connection.spoil(SURPLUS)
+        if self.chunked and opened.code == 354:
+            self.connection.spoil("it waits for content")
 
     def _send_content(self):
-        wanted = bool(self._accepted())
+        wanted, whole, chunks = bool(self._accepted()), self.message.whole, [b".\r\n"]
+        if wanted and whole is None:
+            chunks = itertools.chain(dot_stuffed(self.message.content()), chunks)
+        elif wanted:
+            chunks = [(b"\r\n" + whole).replace(b"\r\n.", b"\r\n..")[2:] + b".\r\n"]
         try:
-            for number, chunk in enumerate(self._chunks(wanted)):
+            for number, chunk in enumerate(chunks):
                 if number:  # a relay that takes all at once gets one chunk a turn: the others have theirs
                     gevent.sleep(0)
                 self.connection.send(chunk)
@@ -2909,18 +2927,6 @@ class Transaction:
                 self.final = self.connection.reply(LAST_WORDS_SECONDS)
             raise
         self.complete = wanted
-
-    def _conclude(self, final):
-        """The reply to the content, and what came behind it: then it may be that to an earlier command."""
-        self.final = final
-        if self.connection.buffer and (surplus := self.connection.surplus()):
-            self.surplus = surplus
-            self.connection.spoil(SURPLUS)
-
-    def _reset(self):
-        self.connection.send(b"RSET\r\n")
-        if not (reply := self.connection.reply()).ok:
-            self.connection.spoil(str(reply))
 
     # -- whether it is to be made again
 
@@ -2934,17 +2940,17 @@ class Transaction:
         if self.complete and isinstance(self.error, Silence):
             return
         if self._may_have_arrived():
-            log(f"{self.connection.address}: the mail to {self._names()} is sent again, it may have arrived")
+            names = ", ".join(self.addresses)
+            log(f"{self.connection.address}: the mail to {names} is sent again, it may have arrived")
         raise Repeat
 
     def _unanswered(self):
         """The relay had gone before this transaction: nothing was answered, or 421 first of all."""
-        return self.replies[0].closing if self.replies else isinstance(self.error, GONE)
+        return self.replies[0].code == 421 if self.replies else isinstance(self.error, GONE)
 
     def _suspects(self):
         """The extensions that may have led to what happened, and what that was."""
-        opened, uses = self.opened, zip(EXTENSIONS, (self.chunked, self.pipelined))
-        used = [name for name, is_used in uses if is_used]
+        opened, used = self.opened, list(itertools.compress(EXTENSIONS, (self.chunked, self.pipelined)))
         if self.chunked and opened and opened.code in NO_BDAT and self._accepted():
             return ["CHUNKING"], f"BDAT was answered with {opened}"
         if self.surplus:
@@ -2957,24 +2963,16 @@ class Transaction:
 
     def _may_have_arrived(self):
         """Whether the relay has the content and did not clearly refuse it."""
-        if self.final:
-            return self.complete and any(reply.ok for reply in [self.final, *self.surplus])
-        return self.complete and (not self.replies or self.replies[0].ok)
-
-    def _names(self):
-        return ", ".join(self.addresses)
+        known = [self.final, *self.surplus] if self.final else self.replies[:1]
+        return self.complete and (not known or any(map(IS_OK, known)))
 
     # -- what it meant
 
-    def _outcomes(self):
-        accepted, content = bool(self._accepted()), self._content_outcome()
-        return [self._outcome(number, accepted, content) for number in range(1, len(self.addresses) + 1)]
-
-    def _outcome(self, number, others_accepted, content):
+    def _outcome(self, number, content):
         """Of the recipient whose RCPT has this number: what MAIL, RCPT or the content met; the first refusal counts."""
         for reply in (*self.replies[:1], *self.replies[number : number + 1]):
             if not reply.ok:  # if that is MAIL's, no RCPT was accepted
-                verdict = Verdict.AGAIN if others_accepted and too_many(reply) else reply.verdict
+                verdict = Verdict.AGAIN if too_many(reply) and self._accepted() else reply.verdict
                 return Outcome(verdict, str(reply))
         return content
 
@@ -3002,33 +3000,31 @@ class Security:
     """How connections are encrypted and logged in. Raises UsageError for a file that is no good."""
 
     def __init__(self, options, environ):
-        self.mode, self.name, self.auth = options.tls, options.tlsname, options.smtpauth
+        self._options, self.mode, self.name = options, options.tls, options.tlsname
         self.user = options.smtpuser or options.smtpmd5user
-        self.cram_only = bool(options.smtpmd5user and not options.smtpuser)
-        self._password, self._fallback = passwords(options, environ, self.cram_only)
+        by_cram = self.user and not options.smtpuser
+        self._wanted = [options.smtpauth] if options.smtpauth else ["cram-md5"] if by_cram else ["plain", "login"]
+        kind = "smtpmd5password" if by_cram else "smtppassword"
+        self._password, self._fallback = getattr(options, kind), environ.get(f"SPOOLGORE_{kind.upper()}", "")
         self._output = None  # of the password command
-        self.secrets = ()  # of the latest login: the next connection redacts them from the start
-        self._helo = options.helo
-        self._options = options
+        self.secrets = Secrets()  # of the latest login: the next connection redacts them from the start
         if options.tlsca or options.tlscert:
-            self.context  # noqa: B018 -- a file that is no good is said at the start
+            self.context  # noqa: B018 -- a file that is no good is reported at the start
 
     @functools.cached_property
     def context(self):
         """What verifies relays. Made for the first that speaks TLS: the system's certificates take 2 MB."""
         return tls_context(self._options)
 
-    @property
+    @functools.cached_property
     def helo(self):
         """The name for EHLO, looked up at the first connection; empty when this machine has no full one."""
-        if not self._helo:
-            name = ""
-            with gevent.Timeout(
-                self._options.timeout, False
-            ):  # a name server that is away is no reason to wait for ever
-                name = socket.getfqdn()
-            self._helo = name if "." in name and not name.startswith("localhost") else " "
-        return self._helo.strip()
+        if self._options.helo:
+            return self._options.helo
+        name = ""
+        with gevent.Timeout(self._options.timeout, False):  # the name server may be away
+            name = socket.getfqdn()
+        return name if "." in name and not name.startswith("localhost") else ""
 
     def implicit_tls(self, address):
         return self.mode == "smtps" or (self.mode == "auto" and address.port == 465)
@@ -3053,38 +3049,33 @@ class Security:
     # -- login
 
     def login(self, opening):
-        """AUTH (RFC 4954), if there is a user. Raises LoginRefused, RelayError."""
+        """AUTH (RFC 4954), if there is a user. Raises LoginRefused, RelayError; neither has the relay's words."""
         if not self.user:
             return
-        *others, last = self._mechanisms(opening)
-        opening.connection.secrets = ()
-        for mechanism in others:
-            with contextlib.suppress(MechanismRefused):  # offered, and not known all the same
-                return self._log_in(opening, mechanism)
-        self._log_in(opening, last)
+        connection, mechanisms, was_asked = opening.connection, self._mechanisms(opening), self._output is not None
+        connection.secrets, connection.is_mute = Secrets(), True
+        for mechanism in mechanisms:
+            self._check_secrecy(mechanism, connection)
+            reply = self._authenticate(opening, mechanism)
+            if reply.code >= 500 and reply.code not in NO_MECHANISM:
+                self._output = None
+                reply = self._authenticate(opening, mechanism) if was_asked else reply
+            if reply.code not in NO_MECHANISM:  # else it is offered, and not known all the same
+                break
+        if reply.code != 235:
+            enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", reply.text)  # RFC 3463
+            text = f"{reply.code} {enhanced[0] + ' ' if enhanced else ''}in reply to AUTH {mechanism.upper()}"
+            raise LoginRefused(text) if reply.code >= 500 else RelayError(text)
+        connection.is_mute = False
 
     def _mechanisms(self, opening):
         """What may be tried, in order of preference."""
         offered = (opening.esmtp_features.get("auth") or "").lower().replace("=", " ").split()
-        wanted = [self.auth] if self.auth else ["cram-md5"] if self.cram_only else ["plain", "login"]
-        if mechanisms := [mechanism for mechanism in wanted if mechanism in offered]:
+        if mechanisms := [mechanism for mechanism in self._wanted if mechanism in offered]:
             return mechanisms
-        names, found = " or ".join(map(str.upper, wanted)), " ".join(offered) or "none"
+        names, found = " or ".join(map(str.upper, self._wanted)), " ".join(offered) or "none"
         hint = "; with -tls starttls it may offer more" if opening.has_extn("starttls") else ""
         raise RelayError(f"the relay does not offer AUTH {names} (it offers {found}{hint})")
-
-    def _log_in(self, opening, mechanism):
-        self._check_secrecy(mechanism, opening.connection)
-        fresh = self._output is None
-        try:
-            self._authenticate(opening, mechanism)
-        except MechanismRefused:
-            raise
-        except LoginRefused:
-            self._output = None
-            if not self._options.smtppasswordcommand or fresh:
-                raise
-            self._authenticate(opening, mechanism)
 
     def _check_secrecy(self, mechanism, connection):
         """A password goes over TLS, or to this machine, or not at all; CRAM-MD5, from which one that is short can be
@@ -3096,14 +3087,23 @@ class Security:
                 raise RelayError("unencrypted connection (CRAM-MD5 is done in the clear with -tls off only)")
 
     def _authenticate(self, opening, mechanism):
-        password, connection = self.password(), opening.connection
-        connection.secrets += secrets_of(password)
-        connection.is_mute = True
-        try:
-            authenticate(opening, mechanism, self.user, password)
-            connection.is_mute = False
-        finally:
-            self.secrets = connection.secrets
+        """One AUTH exchange; returns its last Reply."""
+        password, secrets = self.password(), opening.connection.secrets
+        secrets.add_password(password)
+        self.secrets = secrets
+
+        def response(challenge, step):
+            answer = auth_response(mechanism, self.user, password, challenge, step)
+            for secret in (encoded(answer), *(answer.split()[-1:] if mechanism == "cram-md5" else ())):
+                secrets.add(secret)
+            return encoded(answer)
+
+        at_once = [response(b"", 0)] if mechanism in ("plain", "xoauth2") else []
+        reply = opening.ask(" ".join(["AUTH", mechanism.upper(), *at_once]))
+        for step in range(len(at_once), 3):
+            if reply.code == 334:
+                reply = opening.ask(response(decoded(reply.text), step))
+        return reply
 
     def password(self):
         """The password or token: by a flag, else by the command, else by the environment. The command is asked at the
@@ -3113,13 +3113,6 @@ class Security:
         if self._output is None:
             self._output = first_line_of(self._options.smtppasswordcommand, self._options.timeout)
         return self._output
-
-
-def passwords(options, environ, cram):
-    """The password by flag, and the one by the environment."""
-    if cram:
-        return options.smtpmd5password, environ.get("SPOOLGORE_SMTPMD5PASSWORD", "")
-    return options.smtppassword, environ.get("SPOOLGORE_SMTPPASSWORD", "")
 
 
 OURS_ALONE = ("SPOOLGORE_", "NOTIFY_SOCKET", "WATCHDOG_")
@@ -3142,7 +3135,7 @@ def first_line_of(command, seconds):
     process = subprocess.Popen(command, shell=True, start_new_session=True, env=environ, **pipes)
     listener = gevent.spawn(pass_on, process.stderr)
     try:
-        with gevent.Timeout(seconds, RelayError(f"the password command took longer than {seconds} s")):
+        with limited(seconds, f"the password command took longer than {seconds} s"):
             output = process.stdout.read(REPLY_LIMIT + 1)
             if len(output) > REPLY_LIMIT:
                 raise RelayError(f"the password command printed more than {REPLY_LIMIT} octets")
@@ -3186,26 +3179,6 @@ def tls_context(options):
     return context
 
 
-def authenticate(opening, mechanism, user, password):
-    """One AUTH exchange. Raises LoginRefused for a 5xx reply, RelayError for another; neither has the relay's words."""
-    count = 0
-
-    def response(challenge):
-        answer = auth_response(mechanism, user, password, challenge, count)
-        digest = answer.rpartition(" ")[2:] if mechanism == "cram-md5" else ()
-        opening.connection.secrets += tuple(map(secret_form, (encoded(answer), *digest)))
-        return encoded(answer)
-
-    at_once = [response(b"")] if mechanism in ("plain", "xoauth2") else []
-    reply, count = opening.ask(" ".join(["AUTH", mechanism.upper(), *at_once])), len(at_once)
-    while reply.code == 334 and count < 3:
-        reply, count = opening.ask(response(decoded(reply.text))), count + 1
-    if reply.code != 235:
-        fault = MechanismRefused if reply.code in NO_MECHANISM else LoginRefused if reply.code >= 500 else RelayError
-        enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", reply.text)  # RFC 3463
-        raise fault(f"{reply.code} {enhanced[0] + ' ' if enhanced else ''}in reply to AUTH {mechanism.upper()}")
-
-
 def auth_response(mechanism, user, password, challenge, step):
     """The answer to a challenge: RFC 4616 (PLAIN), RFC 2195 (CRAM-MD5), LOGIN, and Google's XOAUTH2."""
     if mechanism == "plain":
@@ -3215,11 +3188,6 @@ def auth_response(mechanism, user, password, challenge, step):
     if mechanism == "cram-md5":
         return f"{user} {hmac.new(octets_of(password), challenge, 'md5').hexdigest()}"
     return "" if step else f"user={user}\1auth=Bearer {password}\1\1"
-
-
-def octets_of(text):
-    """UTF-8, and what was none on the command line or in the environment as it was there."""
-    return text.encode("utf-8", "surrogateescape")
 
 
 def encoded(text):
@@ -3233,49 +3201,11 @@ def decoded(challenge):
         return b""
 
 
-LOWER = {code: code + 32 for code in range(ord("A"), ord("Z") + 1)}  # which leaves the length as it is
-
-
-def secret_form(text):
-    """A text as it looks when a relay repeats it."""
-    return readable(octets_of(text)).translate(LOWER)
-
-
-def secrets_of(password):
-    """The forms of a password: itself, and what it becomes in base64 wherever it stands in what is encoded."""
-    starts = ((0, 0), (1, 2), (2, 3))  # so many octets before it, and letters of which these have a part
-    encodings = [base64.b64encode(bytes(skip) + octets_of(password))[start:].decode() for skip, start in starts]
-    return tuple(secret_form(form.rstrip("=")) for form in (password, *encodings))
-
-
-@functools.lru_cache(maxsize=8)
-def parts_of(secrets):
-    """A dict of what nobody may see: from a length to the parts of so many letters in a row."""
-    parts = {}
-    for secret in secrets:
-        if len(secret) > 2:  # less is no secret: it stands in every text
-            size = min(len(secret), sorted((4, len(secret) // 2, 6))[1])
-            parts.setdefault(size, set()).update(secret[n : n + size] for n in range(len(secret) - size + 1))
-    return parts
-
-
-@functools.lru_cache(maxsize=64)  # the same for each recipient, as a rule
-def redacted(text, secrets):
-    """A relay's error, of which the beginning is kept, without the secrets that it repeats, whole or in part."""
-    text = text.encode("utf-8", "replace")[:ERROR_LIMIT].decode("utf-8", "ignore")
-    plain, letters = text.translate(LOWER), list(text)
-    for size, parts in parts_of(secrets).items():
-        for start in range(len(plain) - size + 1):
-            if plain[start : start + size] in parts:
-                letters[start : start + size] = "\0" * size
-    return re.sub("\0+", "***", "".join(letters))
-
-
 class Relay:
     """One relay and the connections to it: dials, keeps and reuses them, and knows when it is down.
 
     dial: a function that returns an open Connection or raises OSError. limit: the most connections.
-    on_news: called when the relay answers again, or when it is known how long it is left alone.
+    on_news: called when the relay has gone down, was dialled in vain, or answers again.
     """
 
     def __init__(self, name, dial, limit, on_news=lambda: None):
@@ -3290,13 +3220,13 @@ class Relay:
         self.seconds = 0.0  # that all the transactions took
         self.down = ""  # why it cannot be used
         self.again = 0.0  # when it is dialled again, while it is down
+        self._failures, self._pause = 0, 0.0  # dials in vain since it went down, and seconds until the next
         self.shunned = {}  # extension -> until when it is not used; it went wrong
         self._waiting = deque()  # an Event for each greenlet that wants a connection
         self._probe_now = gevent.event.Event()
         self._prober = self._attender = None
-        self._login_refused = self._retired = False
+        self._retired = False
         self._goodbyes = gevent.pool.Group()
-        self.on_change = lambda: None  # called when down has another value
 
     def send(self, sender, addresses, message):
         """One transaction; returns a dict from address to Outcome. Raises RelayDown when there is no connection."""
@@ -3319,12 +3249,13 @@ class Relay:
     def retire(self):
         """No new connections from now on."""
         self._retired = True
-        self._set_down(self.down or "the daemon is stopping")
+        self.down = self.down or "the daemon is stopping"
         self._wake(len(self._waiting))
+        self.on_news()
 
     def tend(self):
-        """Whoever looks after the connections, or waits for the relay while it is down, is there; again, if he died.
-        What went wrong with the relay long ago is forgotten."""
+        """Start, also when it has died, what looks after connections, and what waits for the relay while it is down.
+        Forget what went wrong with the relay long ago."""
         if self.established and is_over(self._attender):
             self._attender = gevent.spawn(self._attend)
         if self.down and not self._retired and is_over(self._prober):
@@ -3361,7 +3292,6 @@ class Relay:
             if connection.usable():
                 return connection
             self._discard(connection)
-        return None
 
     def _may_dial(self):
         """One dial at first, then as many at once as there are connections: a relay that is away is not stormed."""
@@ -3416,10 +3346,10 @@ class Relay:
         self.in_use.discard(connection)
         if connection.broken:
             self._discard(connection)
-            return
-        self.idle.append(connection)
-        if self._waiting:
-            self._wake(1)
+        else:
+            self.idle.append(connection)
+            if self._waiting:
+                self._wake(1)
 
     def _discard(self, connection):
         self._wake(1)
@@ -3435,55 +3365,45 @@ class Relay:
             now = time.monotonic()
             for connection in [connection for connection in self.in_use if connection.deadline < now]:
                 connection.expire()
-            while self.idle and self.idle[0].idle_for() >= IDLE_SECONDS:
+            while self.idle and now - self.idle[0].used >= IDLE_SECONDS:
                 self._discard(self.idle.pop(0))
 
     # -- down and up
 
     def _go_down(self, error):
-        self._say_down(error)
+        """It is not used until a dial succeeds; the pause before the next one grows with each failure."""
+        self._pause = probe_delay(self._failures, isinstance(error, LoginRefused))
+        self._failures += 1
+        self.again = time.time() + self._pause
+        before, self.down = self.down, f"{self.name}: {describe(error)}"
+        if self.down != before:
+            log(f"relay unavailable, {self.down}")
         self._wake(len(self._waiting))
         self.tend()
-
-    def _say_down(self, error):
-        self._login_refused = isinstance(error, LoginRefused)
-        text = f"{self.name}: {describe(error)}"
-        if text != self.down:
-            self._set_down(text)
-            log(f"relay unavailable, {self.down}")
-
-    def _set_down(self, reason):
-        self.down = reason
-        self.on_change()
+        self.on_news()
 
     def _probe(self):
         """Dial now and then until the relay answers."""
-        failures = 0
         while self.down:
             self._probe_now.clear()
-            delay = probe_delay(failures, self._login_refused)
-            self.again = time.time() + delay
-            self.on_news()
-            self._probe_now.wait(delay)
-            failures += 1
+            self._probe_now.wait(self._pause)
             try:
                 connection = self._dial()
             except Exception as error:  # noqa: BLE001
-                self._say_down(error)
+                self._go_down(error)
             else:
                 self._came_up(connection)
 
     def _came_up(self, connection):
         log(f"relay available again, {self.name}")
-        self._set_down("")
-        self.cap = self.limit
+        self.down, self._failures, self.cap = "", 0, self.limit
         self.shunned.clear()
         self._release(self._establish(connection))
         self.on_news()
 
     def fact(self):
         """``up``, or ``down, tried again TIME, REASON``."""
-        reason = self.down.replace(f"{self.name}: ", "", 1)
+        reason = self.down.removeprefix(f"{self.name}: ")
         return f"down, tried again {format_time(self.again)}, {reason}" if self.down else "up"
 
 
@@ -3497,24 +3417,27 @@ def probe_delay(failures, login_refused):
 class Relays:
     """Several relays in order of preference: the first that is not down is used."""
 
-    def __init__(self, relays):
-        self.relays, self.down = relays, ""
+    def __init__(self, relays, on_news=lambda: None):
+        self.relays, self.on_news = relays, on_news
+        self.down = ""  # why no relay can be used
         for relay in relays:
-            relay.on_change = self.note
-        self.note()
+            relay.on_news = self.note
 
     def note(self):
-        """down: why no relay can be used; empty when one can."""
+        """A relay has news: see Relay."""
         reasons = [relay.down for relay in self.relays]
         self.down = "; ".join(reasons) if all(reasons) else ""
+        self.on_news()
 
     def send(self, sender, addresses, message):
+        """As Relay.send(). If there are several, each outcome names the relay that took the mail."""
         for relay in self.relays:
-            try:
+            with contextlib.suppress(RelayDown):
                 outcomes = relay.send(sender, addresses, message)
-                return outcomes if len(self.relays) == 1 else dict(by(relay, *pair) for pair in outcomes.items())
-            except RelayDown:
-                continue
+                for address, (verdict, text) in outcomes.items() if len(self.relays) > 1 else ():
+                    if verdict is Verdict.DELIVERED:
+                        outcomes[address] = Outcome(verdict, f"{relay.name}: {text}")
+                return outcomes
         raise RelayDown(self.down or "the relays are unavailable")
 
     def tend(self):
@@ -3569,12 +3492,6 @@ def ask_for_leave(connection, address, witness):
     return EX_OK if reply.ok else EX_ERROR
 
 
-def by(relay, address, outcome):
-    """The pair as it is; who has the mail is told by whom."""
-    delivered = outcome.verdict is Verdict.DELIVERED
-    return address, outcome._replace(text=f"{relay.name}: {outcome.text}") if delivered else outcome
-
-
 class Printer(Relays):
     """No relay, but a binary stream: every mail's envelope and content are printed."""
 
@@ -3608,9 +3525,9 @@ def make_relay(options, environ, stream, on_news):
     security = Security(options, environ)
     relays = []
     for address in options.smtpaddr:
-        dialler = functools.partial(dial, address, options.timeout, security)
-        relays.append(Relay(str(address), dialler, options.concurrency, on_news))
-    return Relays(relays)
+        dial_it = functools.partial(dial, address, options.timeout, security)
+        relays.append(Relay(str(address), dial_it, options.concurrency))
+    return Relays(relays, on_news)
 
 
 # -------------------------------------------------------------------- rate
@@ -3734,7 +3651,10 @@ class Turnstile:
                 self._append(line, durable)
             self._complaint = ""
         except OSError as error:
-            self._failed(describe(error))
+            self._file = None  # written anew next time: half a line may stand at its end
+            before, self._complaint = self._complaint, describe(error)
+            if self._complaint != before:
+                log(f"unable to write {self.path}, {self._complaint}: -rate may not hold across a restart")
 
     def _rewrite(self):
         longest = max(self.rate.windows, key=lambda window: window.seconds)
@@ -3750,12 +3670,6 @@ class Turnstile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if durable:
             off_the_hub(os.fsync, file.fileno())
-
-    def _failed(self, reason):
-        self._file = None  # written anew next time: half a line may stand at its end
-        if self._complaint != reason:
-            self._complaint = reason
-            log(f"unable to write {self.path}, {reason}: -rate may not hold across a restart")
 
 
 def note_of(line):

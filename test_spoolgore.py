@@ -6953,9 +6953,6 @@ class Wire:
         island.wires.add(self)
         island.most_wires = max(island.most_wires, len(island.wires))
 
-    def idle_for(self):
-        return time.monotonic() - self.used
-
     def watch(self):
         """It answers at once, or never."""
 
@@ -8578,7 +8575,9 @@ def test_a_relay_that_repeats_secrets_after_the_login(scripted, logged, mechanis
     ],
 )
 def test_what_is_kept_of_an_error(text, secret, wanted):
-    assert spoolgore.redacted(text, spoolgore.secrets_of(secret)) == wanted
+    secrets = spoolgore.Secrets()
+    secrets.add_password(secret)
+    assert secrets.redact(text) == wanted
 
 
 @pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
