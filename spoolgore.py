@@ -1299,7 +1299,7 @@ class Mail:
         self.seen = None  # signature of the file of a STUCK mail; device and inode of one that is held
         self.print = 0  # hash of its file's latest identity; 0 if it was not opened since the start
         self.whole = False  # its file was seen to be closed, or to be moved here
-        self.forced = False  # flushed: everybody who waits is due
+        self.forced = False  # new, or flushed: everybody who waits is due
         self.need = 1  # recipients of its next transaction, as far as that is known
         self.news = 0  # number of the write of the status file that makes its latest settlement known
 
@@ -1389,6 +1389,11 @@ class Queue:
             del self.known[mail.identity[:2]]
         mail.identity = None
 
+    def those(self, *states):
+        """The mails in these states; whoever goes through the list may change them."""
+        some = any(self.counts[state] for state in states)
+        return [mail for mail in self.mails.values() if mail.state in states] if some else []
+
     # -- what each waits for
 
     def line_up(self, mail, line):
@@ -1415,19 +1420,20 @@ class Queue:
 
     def release_held(self):
         """The relay is up."""
-        for mail in [mail for mail in self.mails.values() if mail.state == HELD]:
+        for mail in self.those(HELD):
             self.line_up(mail, self.old)
 
     def look_again(self, due_of):
         """At everything that waits; at its time, which is due_of(mail)."""
         self.times = []
-        for mail in [mail for mail in self.mails.values() if mail.state in (RESTING, HELD, STUCK)]:
+        for mail in self.those(RESTING, HELD, STUCK):
             self.rest(mail, due_of(mail))
 
     def open_unread(self):
         """Whoever waits for his writer may be looked at now: that he ended may have been missed."""
-        for mail in [mail for mail in self.mails.values() if mail.state == RESTING and mail.entry is None]:
-            self.rest(mail, 0.0)
+        for mail in self.those(RESTING):
+            if mail.entry is None:
+                self.rest(mail, 0.0)
 
     def flush(self):
         """Everybody is due now."""
@@ -1465,11 +1471,6 @@ class Queue:
         """Under -rate: it has its turn or needs none. The next may be taken."""
         if self.taking is mail:
             self.taking = None
-
-    def put_back(self, mail, need):
-        """Its turn came, but there is too little room for so many recipients."""
-        mail.need = need
-        self.line_up(mail, self.ahead)
 
 
 # ------------------------------------------------------------------ status
@@ -4514,32 +4515,31 @@ def visit_class(pywsgi):
 
 
 class OutOfTurn(Exception):
-    """-rate has no room yet for a transaction of so many recipients."""
+    """-rate has no room yet for the recipients that the mail needs next."""
 
 
 class Delivery:
     """See the head of this section. mail: FLYING; it may turn out to be another one that was renamed."""
 
-    __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "is_new", "has_landed")
+    __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "has_landed")
 
     def __init__(self, spooler, mail):
         self.spooler, self.mail, self.path = spooler, mail, named(mail.path)  # as the log calls it all the time
-        self.file, self.names = None, 1
-        self.is_new = self.has_landed = False
+        self.file, self.names, self.has_landed = None, 1, False
 
     def run(self):
         try:
             if self.open() and self.read():
                 self.deliver()
         except gevent.GreenletExit:  # the daemon ends, the mail is still in the queue
-            self.rest(0.0)
+            self.rest(0)
         except Unfinished:
-            self.rest(self.spooler.clock() + QUIET_SECONDS)
+            self.rest(QUIET_SECONDS)
         except (OSError, MemoryError) as error:
             self.cannot_reach(error)
         except Exception:  # noqa: BLE001
             log.traceback(f"{self.path} unexpected error, it is tried again in a minute")
-            self.rest_a_minute()
+            self.rest()
 
     def landed(self, _greenlet):
         """The greenlet has ended, or could not even begin."""
@@ -4549,7 +4549,7 @@ class Delivery:
         if self.file:
             self.file.close()
         if mail.state == FLYING:
-            self.rest_a_minute()
+            self.rest()
         if mail.state != LEFT and isinstance(mail.entry, dict):
             interrupted(mail.entry)
             if self.names == 1 and not is_partly_delivered(mail.entry):
@@ -4560,25 +4560,22 @@ class Delivery:
         self.spooler.status.wanted.set()
         self.spooler.wake.set()
 
-    def rest(self, until):
+    def rest(self, seconds=60):
         """Unless something else has become of it already."""
         if self.mail.state == FLYING:
-            self.spooler.queue.rest(self.mail, until)
-
-    def rest_a_minute(self):
-        self.rest(self.spooler.clock() + retry_delay(1))
+            self.spooler.queue.rest(self.mail, self.spooler.clock() + seconds)
 
     # -- its file
 
     def open(self):
         """True when the file is open, nobody writes it, and it is this mail's alone."""
         mail, spooler = self.mail, self.spooler
-        if spooler.queue.counts[ASIDE] and (aside := spooler.queue.mails.get(spooler.spool.failed_path(mail.path))):
-            self.take_back(aside)
+        if spooler.queue.counts[ASIDE]:
+            spooler.lookout.take_back(mail)
         try:
             self.file, refused, status = spooler.spool.open(mail.path)
         except FileNotFoundError:
-            return spooler.gone(mail)
+            return spooler.lookout.gone(mail)
         except NotAMail as error:
             return self.stick(str(error))
         except PermissionError as error:
@@ -4586,7 +4583,7 @@ class Delivery:
                 return self.cannot_reach(error)
             return self.stick(self.shown(f"unable to read mail file, {error.strerror}"))
         if refused is not False and is_being_written(refused, status, spooler.clock(), mail.whole):
-            return self.rest(spooler.clock() + QUIET_SECONDS)
+            return self.rest(QUIET_SECONDS)
         if refused:
             log(f"{self.path} is sent, though somebody has it open for writing: it was left alone for a minute")
         self.size, self.names, known = status.st_size, status.st_nlink, identity(status)
@@ -4602,7 +4599,8 @@ class Delivery:
         if other is mail:
             return True
         if other.state != LEFT and (there := look(other.path)) and identity(there)[:2] == known[:2]:
-            return self.wait_for_other_name()
+            # two names of one file are one mail: this one goes when the other does, and what is known of it is kept
+            return queue.drop(mail) if mail.entry is None else self.rest(max(1, self.spooler.options.freq))
         queue.drop(mail)
         queue.rename(other, mail.path)
         if other.state == FLYING:
@@ -4611,22 +4609,6 @@ class Delivery:
         queue.become(other, FLYING)
         self.mail = other
         return True
-
-    def wait_for_other_name(self):
-        """Two names of one file are one mail. This one goes when the other does; what is known of it is kept."""
-        if self.mail.entry is None:
-            return self.spooler.queue.drop(self.mail)
-        return self.rest(self.spooler.clock() + max(1, self.spooler.options.freq))
-
-    def take_back(self, aside):
-        """If the file was moved here from .failed, it has the entry that it had there. Raises OSError."""
-        mail, queue = self.mail, self.spooler.queue
-        if not has_recipients(mail.envelope()) and not look(aside.path):
-            envelope = aside.envelope()
-            if not envelope_problem(envelope):
-                requeue(envelope, self.spooler.clock())
-            mail.entry, mail.news = pack(mail.path, envelope), queue.epoch
-            queue.drop(aside)
 
     def stick(self, reason):
         """Leave the file alone until it changes. The reason is said once of each change."""
@@ -4646,8 +4628,8 @@ class Delivery:
 
     def cannot_reach(self, error):
         """Out of descriptors or memory, or a fault of the disk: the file itself may be fine, and need not change."""
-        self.rest_a_minute()
-        reason = (error.strerror if isinstance(error, OSError) else "") or describe(error)
+        self.rest()
+        reason = getattr(error, "strerror", "") or describe(error)
         self.spooler.say("read", f"unable to read mail files, {reason} (it is tried again)")
         if not isinstance(self.mail.entry, dict):
             self.shown(f"unable to read mail file, {reason}")
@@ -4658,10 +4640,12 @@ class Delivery:
         """True when there is a message, and somebody to have it."""
         mail = self.mail
         try:
-            read = Message if self.size < CHUNK else read_large_message
-            self.message = read(self.file, self.size)
-            self.is_new = mail.entry is None
-            mail.entry = new_envelope(self.message, self.spooler.clock()) if self.is_new else self.envelope()
+            if self.size < CHUNK:
+                self.message = Message(self.file, self.size)
+            else:  # a header of some MB takes seconds to parse, in which nobody else would be served
+                self.message = off_the_hub(Message, self.file, self.size)
+            mail.forced |= mail.entry is None
+            mail.entry = new_envelope(self.message, self.spooler.clock()) if mail.entry is None else self.envelope()
             if self.message.missing:
                 self.message.add(max(enqueued(mail.entry), 0) or mail.identity[3] / 1e9, mail.identity[1:])
         except BadMessage as error:
@@ -4689,22 +4673,15 @@ class Delivery:
 
     def deliver(self):
         """Transactions until nobody is due; then see what became of the mail."""
-        mail, spooler, now = self.mail, self.spooler, self.spooler.clock()
+        mail, now = self.mail, self.spooler.clock()
         forced, mail.forced = mail.forced, False
         waiting = [recipient for recipient in recipients(mail.entry) if recipient["Status"] == 0]
-        if not (forced or self.is_new):
-            waiting = [recipient for recipient in waiting if next_attempt_of(recipient) <= now]
-        due = deque(waiting)
         try:
-            self.transact_all(due)
-        except RelayDown:
-            self.settle(relay_down=True)
-        except OutOfTurn as turn:
-            spooler.status.commit(mail)
-            if self.links():
-                mail.forced |= forced
-                return spooler.queue.put_back(mail, *turn.args)
-            self.settle()
+            self.transact_all([each for each in waiting if forced or next_attempt_of(each) <= now])
+        except (RelayDown, OutOfTurn) as error:  # nobody was asked: who was due is due
+            interrupted(mail.entry, "" if self.spooler.stopping else str(error))
+            mail.forced |= forced
+            self.settle(error)
         except BaseException:
             interrupted(mail.entry)  # else those in flight would stay so until the next start
             if not self.links():
@@ -4714,27 +4691,19 @@ class Delivery:
             self.settle()
 
     def transact_all(self, due):
-        """Transactions until nobody is due. Raises RelayDown, OutOfTurn."""
-        spooler = self.spooler
-        while due and not (spooler.suspended or spooler.stopping):
-            if batch := self.next_batch(due):
-                due.extendleft(reversed(self.transact(batch)))
-            if due:
-                spooler.status.commit(self.mail)
-                named = {id(recipient) for recipient in recipients(self.mail.entry)}  # an edit may have come meanwhile
-                due = deque([each for each in due if id(each) in named and each["Status"] == 0])
-
-    def next_batch(self, due):
-        """The next recipients for one transaction; those whose address is no good are given up at once."""
-        batch, most = [], self.spooler.most
-        while due and len(batch) < most:
-            recipient = due.popleft()
+        """Transactions until nobody is due; addresses that are no good are given up. Raises RelayDown, OutOfTurn."""
+        spooler, most = self.spooler, self.spooler.most
+        for recipient in due:
             if problem := address_problem(recipient["Address"]):
                 move(recipient, IN_FLIGHT, recipient["Error"])
                 self.give_up(recipient, f"553 5.1.3 not sent: {problem}", "bad address")
-            else:
-                batch.append(recipient)
-        return batch
+        due = [recipient for recipient in due if recipient["Status"] == 0]
+        while due and not (spooler.suspended or spooler.stopping):
+            due = self.transact(due[:most]) + due[most:]
+            if due:
+                spooler.status.commit(self.mail)
+                named = {id(recipient) for recipient in recipients(self.mail.entry)}  # an edit may have come meanwhile
+                due = [each for each in due if id(each) in named and each["Status"] == 0]
 
     def transact(self, batch):
         """One transaction; returns the recipients that the relay wants in another one. Raises RelayDown, OutOfTurn."""
@@ -4750,35 +4719,23 @@ class Delivery:
             raise failure
         return again
 
-    def take_turn(self, batch):
-        """Raises OutOfTurn, and they wait again, if -rate has no room."""
-        spooler, size = self.spooler, len(batch)
-        if spooler.turnstile.room() < size:
-            put_back(batch, "")
-            raise OutOfTurn(size)
-        spooler.turnstile.begin(size)
-        spooler.queue.began(self.mail)
-        spooler.wake.set()
-        return size
-
     def send(self, batch):
-        """A dict from address to Outcome. Raises RelayDown, OutOfTurn: then everybody waits again as before."""
+        """A dict from address to Outcome. Raises RelayDown, OutOfTurn."""
         spooler, path, turn = self.spooler, self.path, 0
         if not spooler.relay.down:
-            turn = self.take_turn(batch) if spooler.options.rate else 0
+            turn = spooler.take_turn(self.mail, len(batch)) if spooler.options.rate else 0
             for recipient in batch:
                 log(f"{path} sending mail to {recipient['Address']} attempt: {recipient['Attempts']}")
         addresses = list(dict.fromkeys(map(ADDRESS, batch)))
         went_out = True
         try:
             return spooler.relay.send(self.message.sender, addresses, self.message)
-        except RelayDown as error:
+        except RelayDown:
             went_out = False
-            put_back(batch, "" if spooler.stopping else str(error))
             raise
         except (gevent.GreenletExit, MemoryError) as error:
             ended = "stopped" if isinstance(error, gevent.GreenletExit) else "no memory"
-            put_back(batch, f"{ended} in the middle of a transaction: the mail may have arrived")
+            interrupted(self.mail.entry, f"{ended} in the middle of a transaction: the mail may have arrived")
             for recipient in batch:
                 say_error(path, recipient)
             raise
@@ -4800,7 +4757,7 @@ class Delivery:
         elif verdict is Verdict.AGAIN:
             move(recipient, WAITING, text)
         elif recipient["Attempts"] + 1 >= options.attempts:
-            self.give_up(recipient, text)
+            self.give_up(recipient, text, "max SMTP attempts reached")
         elif verdict is Verdict.REFUSED and options.fail5xx:
             self.give_up(recipient, text, "permanent SMTP error")
         else:
@@ -4809,7 +4766,7 @@ class Delivery:
             say_error(self.path, recipient)
         return verdict is Verdict.AGAIN
 
-    def give_up(self, recipient, text, reason="max SMTP attempts reached"):
+    def give_up(self, recipient, text, reason):
         gave_up(recipient, text)
         self.spooler.tally["given up"] += 1
         self.mail.news = self.spooler.queue.epoch
@@ -4818,15 +4775,15 @@ class Delivery:
 
     # -- its end
 
-    def settle(self, relay_down=False):
-        """What becomes of the mail now: it waits, is put aside, or is done."""
+    def settle(self, stopped_by=None):
+        """What becomes of the mail now: it waits, is put aside, or is done. stopped_by: RelayDown, OutOfTurn."""
         mail, path = self.mail, self.mail.path
-        while not (is_settled := self.is_settled(relay_down)) and self.find():
+        while not (is_settled := self.is_settled(stopped_by)) and self.find():
             pass
         if (mail.path != path or not is_settled) and look(path):
-            self.spooler.appeared(path)  # what stands there now is another mail
+            self.spooler.lookout.appeared(path)  # what stands there now is another mail
 
-    def is_settled(self, relay_down):
+    def is_settled(self, stopped_by):
         """False when its file is not what it was, or not there. Raises OSError when that is not to be known."""
         mail, spooler, queue = self.mail, self.spooler, self.spooler.queue
         end = state_of_all(mail.entry)
@@ -4839,10 +4796,12 @@ class Delivery:
         if end == DELIVERED:
             return self.is_done(self.remove, links)
         if end == GIVEN_UP and known:
-            return self.is_done(self.put_aside, links)
+            return self.is_done(functools.partial(spooler.lookout.put_aside, mail), links)
         if end == GIVEN_UP:  # suspended, or the status cannot be written
-            self.rest_a_minute()
-        elif relay_down and spooler.relay.down:
+            self.rest()
+        elif isinstance(stopped_by, OutOfTurn):
+            queue.line_up(mail, queue.ahead)
+        elif stopped_by and spooler.relay.down:
             queue.become(mail, HELD)
         else:
             queue.rest(mail, 0.0 if mail.forced else next_attempt(mail.entry))
@@ -4870,7 +4829,7 @@ class Delivery:
                 return False
             reason = describe(error) if isinstance(error, Untrusted) else error.strerror
             spooler.say("remove", f"unable to remove mails that are settled, {reason} (it is tried again)")
-            self.rest_a_minute()
+            self.rest()
         return True
 
     def remove(self, paths):
@@ -4880,23 +4839,6 @@ class Delivery:
         self.spooler.queue.drop(self.mail)
         self.spooler.sent += 1
 
-    def put_aside(self, paths):
-        """Some were given up: its entry goes with its file."""
-        mail, queue, spool = self.mail, self.spooler.queue, self.spooler.spool
-        for other in paths:
-            if other != mail.path:
-                os.unlink(other)
-        path, aside = mail.path, spool.put_aside(mail.path)
-        queue.forget(mail)
-        queue.rename(mail, aside)
-        queue.become(mail, ASIDE)
-        log(f"{named(path)} moved to {named(aside)}")
-        try:
-            off_the_hub(spool.sync)
-        except OSError as error:
-            self.spooler.say("sync", f"unable to sync {spool.failed}, {error.strerror}")
-        self.spooler.fail_command.add(mail)
-
     def find(self):
         """The file is not what was opened: True if it is, but under a new name, or with another time."""
         mail, queue = self.mail, self.spooler.queue
@@ -4905,7 +4847,7 @@ class Delivery:
             return True
         if self.is_touched():
             return True
-        if self.spooler.is_held(mail):
+        if self.spooler.lookout.is_held(mail):
             return False
         is_somewhere = self.file.closed or os.fstat(self.file.fileno()).st_nlink
         (queue.lose if is_somewhere else queue.drop)(mail)
@@ -4925,23 +4867,208 @@ class Delivery:
         return True
 
 
-def read_large_message(file, size):
-    """The Message of a file, read in a thread: a header of some MB takes seconds to parse, in which nobody else would
-    be served. Raises BadMessage, OSError."""
-    return off_the_hub(Message, file, size)
-
-
 def say_error(path, recipient):
     log(f"{path} SMTP error, mail to {recipient['Address']} {recipient['Error']}")
 
 
-def put_back(batch, error):
-    """Recipients that were not asked about wait as before; without an error they keep the one that they had."""
-    for recipient in batch:
-        move(recipient, WAITING, error or recipient["Error"])
-
-
 # ----------------------------------------------------------------- spooler
+
+
+class Lookout:
+    """Which files there are, by events and scans, and what became of one that is not where it was."""
+
+    def __init__(self, spooler):
+        self.spooler, self.spool, self.queue = spooler, spooler.spool, spooler.queue
+        self.since = spooler.clock()
+
+    def watch(self):
+        """See new names without a listing, for ever; where that cannot be had, the scan finds them."""
+        spooler = self.spooler
+        try:
+            watch = Watch(self.spool.directory, self.spool.path(".spoolgore.lock"))
+        except (OSError, AttributeError, TypeError) as error:
+            text = f"no inotify ({describe(error)}): new mails are seen every {spooler.options.freq} s"
+            return spooler.say("watch", text)
+        spooler.next_scan = 0.0  # for what came before the watch
+        try:
+            while True:
+                spooler.wake.set()
+                for mask, name in watch.wait():
+                    with contextlib.suppress(OSError):  # the scan will see
+                        self.noticed(mask, name)
+        finally:
+            watch.close()
+
+    def noticed(self, mask, name):
+        """Raises OSError."""
+        path = self.spool.path(name)
+        if mask & Watch.LOST:
+            self.spooler.next_scan = 0.0
+            self.queue.open_unread()
+        elif mask & Watch.MOVED_TO:
+            self.appeared(path, whole=True)
+        elif mask & Watch.CLOSE_WRITE:
+            self.appeared(path, whole=True, pause=GRACE_SECONDS)
+            self.retry_if_touched(path)
+        else:
+            whole = whole_at_birth(path)
+            self.appeared(path, whole, 0 if whole else UNCLOSED_SECONDS)
+
+    def appeared(self, path, whole=False, pause=0):
+        """There may be a file of this name. whole: nobody writes it any more; pause: seconds until it may be opened."""
+        queue = self.queue
+        if not self.spool.named([os.path.basename(path)]):
+            return
+        if (mail := queue.mails.get(path)) and mail.state == ASIDE:
+            self.release(mail)
+        mail = queue.mails.get(path) or queue.add(path)
+        if not (mail.state == LEFT or has_changed(mail) or (mail.state == RESTING and mail.entry is None)):
+            return
+        mail.whole = whole
+        if pause:
+            queue.rest(mail, self.spooler.clock() + pause)
+        else:
+            queue.line_up(mail, queue.fresh)
+        self.spooler.wake.set()
+
+    def take_stock(self, paths):
+        """Line up what is new or changed, oldest first; forget what is gone. Raises OSError."""
+        queue, present = self.queue, set(paths)
+        for mail in queue.those(ASIDE):
+            if mail.path in present:
+                self.release(mail)
+        if is_over(self.spooler.keepers.get("watch")):
+            for path in present & queue.mails.keys():
+                self.retry_if_touched(path, unless=0)
+        for path in sorted(present - queue.mails.keys(), key=age_key):
+            queue.line_up(queue.add(path), queue.fresh)
+        for mail in queue.those(STUCK):
+            if mail.path in present and has_changed(mail):
+                queue.line_up(mail, queue.fresh)
+        absent = queue.mails.keys() - present
+        if queue.counts[ASIDE]:
+            absent.difference_update(self.spool.list_failed())
+        for mail in [queue.mails[path] for path in absent]:
+            if mail.state not in (FLYING, LEFT):
+                with contextlib.suppress(OSError):  # nothing is known: it stays
+                    self.gone(mail)
+
+    def retry_if_touched(self, path, unless=None):
+        """If a mail's file is not as it was, its user wants it to be tried now. unless: what it was, to leave it."""
+        mail = self.queue.mails.get(path)
+        if not mail or mail.entry is None or mail.state not in (RESTING, HELD):
+            return
+        with contextlib.suppress(OSError):
+            before, mail.print = mail.print, hash(identity(os.lstat(path)))
+            if before not in (mail.print, unless):
+                mail.forced = True
+                self.queue.line_up(mail, self.queue.fresh)
+                self.spooler.relay.poke()
+                self.spooler.wake.set()
+
+    def gone(self, mail):
+        """The file is not there: somebody removed it, or it was put aside just before a crash. Raises OSError."""
+        if self.spool.look(mail.path) or self.was_put_aside(mail) or self.is_back(mail) or self.is_held(mail):
+            return
+        self.spooler.said.pop(f"{mail.path} recipients", None)
+        self.queue.lose(mail)
+        self.spooler.status.wanted.set()
+
+    # -- what is in .failed
+
+    def put_aside(self, mail, paths):
+        """Some recipients were given up: its entry goes with its file, of which paths are all the names."""
+        for other in paths:
+            if other != mail.path:
+                os.unlink(other)
+        path, aside = mail.path, self.spool.put_aside(mail.path)
+        self.queue.forget(mail)
+        self.queue.rename(mail, aside)
+        self.queue.become(mail, ASIDE)
+        log(f"{named(path)} moved to {named(aside)}")
+        try:
+            off_the_hub(self.spool.sync)
+        except OSError as error:
+            self.spooler.say("sync", f"unable to sync {self.spool.failed}, {error.strerror}")
+        self.spooler.fail_command.add(mail)
+
+    def was_put_aside(self, mail):
+        """Whether it lies in .failed, and the daemon was killed before the status file could say so."""
+        envelope = mail.envelope()
+        if mail.state != RESTING or envelope_problem(envelope) or state_of_all(envelope) != GIVEN_UP:
+            return False
+        asides = itertools.takewhile(look, self.spool.failed_paths(mail.path))
+        aside = next((aside for aside in asides if aside not in self.queue.mails), None)
+        if aside:
+            self.queue.rename(mail, aside)
+            self.queue.become(mail, ASIDE)
+            self.spooler.status.wanted.set()
+            self.spooler.fail_command.add(mail)  # it cannot have been run yet
+        return bool(aside)
+
+    def is_back(self, aside):
+        """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
+        path = self.spool.path(os.path.basename(aside.path))
+        back = self.queue.mails.get(path)
+        return aside.state == ASIDE and (not has_recipients(back.envelope()) if back else bool(look(path)))
+
+    def take_back(self, mail):
+        """If its file was moved here from .failed, it has the entry that it had there. Raises OSError."""
+        aside = self.queue.mails.get(self.spool.failed_path(mail.path))
+        if aside and not has_recipients(mail.envelope()) and not look(aside.path):
+            envelope = aside.envelope()
+            if not envelope_problem(envelope):
+                requeue(envelope, self.spooler.clock())
+            mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
+            self.queue.drop(aside)
+
+    # -- what its user holds, by a dot before its name
+
+    def is_held(self, mail):
+        """Whether its user holds it: its entry waits for it, ASIDE. Raises OSError."""
+        parent, name = os.path.split(mail.path)
+        if parent != self.spool.directory or mail.entry is None or not (status := look(hidden(mail.path, ""))):
+            return False
+        known, was_there = identity(status), status.st_mtime < self.since  # else it may be a new mail's
+        if mail.state == ASIDE:
+            return mail.seen == known[:2]
+        if not (hash(known) == mail.print if mail.print else was_there):
+            return False
+        self.queue.become(mail, ASIDE)
+        mail.seen = known[:2]
+        self.spooler.status.wanted.set()
+        return True
+
+    def release(self, mail):
+        """A file has the name of a mail that was held: it goes on where it was, if the file is its own."""
+        with contextlib.suppress(OSError):  # the next scan will see
+            if (status := look(mail.path)) and mail.seen == identity(status)[:2]:
+                mail.print = hash(identity(status))
+                self.queue.rest(mail, due_at(mail))
+                self.spooler.wake.set()
+            elif status:
+                self.queue.lose(mail)
+
+
+def due_at(mail):
+    """When a mail that waits is due by its entry."""
+    envelope = mail.envelope()
+    return 0.0 if envelope_problem(envelope) else next_attempt(envelope)
+
+
+def age_key(path):
+    """Sorts files by their age, the oldest first."""
+    try:
+        return os.lstat(path).st_mtime, path
+    except OSError:
+        return 0.0, path
+
+
+def has_changed(mail):
+    """Whether the file of a STUCK mail is not what it was; no, when that is not to be known."""
+    with contextlib.suppress(OSError):
+        return mail.state == STUCK and mail.seen != signature(look(mail.path))
+    return False
 
 
 class Spooler:
@@ -4954,7 +5081,7 @@ class Spooler:
         self.options, self.spool, self.queue, self.status = options, spool, queue, status
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
-        self.fail_command, self.page = FailCommand(self, os.environ), Page(self)
+        self.lookout, self.fail_command, self.page = Lookout(self), FailCommand(self, os.environ), Page(self)
         self.manager = ServiceManager({})
         self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
@@ -4978,7 +5105,7 @@ class Spooler:
     def run(self):
         """Send until told to stop; with -once, until nothing is due. Returns the exit status."""
         self.queue.look_again(due_at)
-        self.keep("watch", self.watch)
+        self.keep("watch", self.lookout.watch)
         gevent.sleep(0)  # it begins before the first look
         self.round()
         while not self.finished():
@@ -5033,10 +5160,6 @@ class Spooler:
                 delivery.landed(None)
                 break
 
-    def lost_by_gevent(self, _context, _kind, error, _trace):
-        """An error outside of everything of ours; gevent would print its traceback."""
-        self.say("gevent", f"unexpected: {describe(error)}")
-
     def rescue(self):
         """Deliveries whose greenlets ended without a word, since there was no memory to begin them."""
         for greenlet in [greenlet for greenlet in self.pool if greenlet.dead]:
@@ -5071,21 +5194,24 @@ class Spooler:
         need = self.queue.need() if self.options.rate else 0
         return (need and self.turnstile.wait(need)) or 0
 
+    def take_turn(self, mail, size):
+        """A mail's next transaction has so many recipients. Returns size; raises OutOfTurn if -rate has no room."""
+        if self.turnstile.room() < size:
+            mail.need = size
+            raise OutOfTurn
+        self.turnstile.begin(size)
+        self.queue.began(mail)
+        self.wake.set()
+        return size
+
     def idle_seconds(self):
         """How long nothing needs doing; None: until something happens."""
-        now = self.clock()
-        pauses = [self.manager.next_sign - time.monotonic(), *([] if self.suspended else self.pauses(now))]
-        if self.next_facts:
-            pauses.append(self.next_facts - time.monotonic())
+        now, ticks = self.clock(), time.monotonic()
+        pauses = [self.manager.next_sign - ticks, (self.next_facts or math.inf) - ticks]
+        if not self.suspended:
+            scan = math.inf if self.options.once else self.next_scan
+            pauses += [min(self.progress.next_word(), self.queue.next_due(), scan) - now, self.turn() or math.inf]
         return None if min(pauses) == math.inf else max(0.0, min(pauses))
-
-    def pauses(self, now):
-        yield self.progress.next_word() - now
-        yield self.queue.next_due() - now
-        if not self.options.once:
-            yield self.next_scan - now
-        if turn := self.turn():
-            yield turn
 
     def tell(self):
         """The log and the service manager hear how we are."""
@@ -5210,100 +5336,25 @@ class Spooler:
             self.queue.release_held()
         self.wake.set()
 
-    # -- what is there
-
-    def watch(self):
-        """See new names without a listing, for ever; where that cannot be had, the scan finds them."""
-        try:
-            watch = Watch(self.spool.directory, self.spool.path(".spoolgore.lock"))
-        except (OSError, AttributeError, TypeError) as error:
-            self.say("watch", f"no inotify ({describe(error)}): new mails are seen every {self.options.freq} s")
-            return
-        self.next_scan = 0.0  # for what came before the watch
-        try:
-            while True:
-                self.wake.set()
-                for mask, name in watch.wait():
-                    with contextlib.suppress(OSError):  # the scan will see
-                        self.noticed(mask, name)
-        finally:
-            watch.close()
-
-    def noticed(self, mask, name):
-        """Raises OSError."""
-        if mask & Watch.LOST:
-            self.next_scan = 0.0
-            self.queue.open_unread()
-        elif mask & Watch.MOVED_TO:
-            self.appeared(self.spool.path(name), whole=True)
-        elif mask & Watch.CLOSE_WRITE:
-            self.appeared(self.spool.path(name), whole=True, pause=GRACE_SECONDS)
-            self.retry_if_touched(self.spool.path(name))
-        elif self.spool.named([name]):
-            whole = whole_at_birth(self.spool.path(name))
-            self.appeared(self.spool.path(name), whole, 0 if whole else UNCLOSED_SECONDS)
-
-    def appeared(self, path, whole=False, pause=0):
-        """There may be a file of this name. whole: nobody writes it any more; pause: seconds until it may be opened."""
-        queue = self.queue
-        if not self.spool.named([os.path.basename(path)]):
-            return
-        if (mail := queue.mails.get(path)) and mail.state == ASIDE and self.has_kept(mail):
-            return
-        mail = queue.mails.get(path)
-        if mail and mail.state == STUCK and not has_changed(mail):
-            return
-        if mail and mail.state != STUCK and not (mail.state == RESTING and mail.entry is None):
-            return
-        mail = mail or queue.add(path)
-        mail.whole = whole
-        if pause:
-            queue.rest(mail, self.clock() + pause)
-        else:
-            queue.line_up(mail, queue.fresh)
-        self.wake.set()
-
     def scan(self):
         started, freq = time.monotonic(), self.options.freq
         try:
             if not self.spool.still_locked():
                 self.reopen()
-            self.take_stock(self.spool.list())
-            self.unsay("scan", "spool directory is accessible again")
+            self.lookout.take_stock(self.spool.list())
+            if self.said.pop("scan", None):
+                log("spool directory is accessible again")
         except Locked as error:
             self.give_way(error)
         except OSError as error:
             self.say("scan", f"unable to access spool directory, {describe(error)}")
             freq = min(freq, PROBE_SECONDS)  # nothing else tells that it is back
-        self.keep("watch", self.watch)
+        self.keep("watch", self.lookout.watch)
         self.relay.tend()
         self.rescue()
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
         self.manager.tell(f"READY=1\nSTATUS={one_line(self.condition())}")
-
-    def take_stock(self, paths):
-        """Line up what is new or changed, oldest first; forget what is gone. Raises OSError."""
-        queue, present = self.queue, set(paths)
-        if queue.counts[ASIDE]:
-            for mail in [mail for mail in queue.mails.values() if mail.state == ASIDE and mail.path in present]:
-                self.has_kept(mail)
-        if not (watch := self.keepers.get("watch")) or watch.dead:
-            for path in present & queue.mails.keys():
-                self.retry_if_touched(path, unless=(0,))
-        for path in sorted([path for path in paths if path not in queue.mails], key=age_key):
-            queue.line_up(queue.add(path), queue.fresh)
-        stuck = [mail for mail in queue.mails.values() if mail.state == STUCK] if queue.counts[STUCK] else ()
-        for mail in stuck:
-            if mail.path in present and has_changed(mail):
-                queue.line_up(mail, queue.fresh)
-        absent = queue.mails.keys() - present
-        if queue.counts[ASIDE]:
-            absent.difference_update(self.spool.list_failed())
-        for mail in [queue.mails[path] for path in absent]:
-            if mail.state not in (FLYING, LEFT):
-                with contextlib.suppress(OSError):  # nothing is known: it stays
-                    self.gone(mail)
 
     def reopen(self):
         """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
@@ -5328,105 +5379,12 @@ class Spooler:
         self.stopping, self.exit_status = True, EX_ERROR
         self.status.thawed.clear()  # the status file is the other's
 
-    def gone(self, mail):
-        """The file is not there: somebody removed it, or it was put aside just before a crash. Raises OSError."""
-        if self.spool.look(mail.path) or self.was_put_aside(mail) or self.is_back(mail) or self.is_held(mail):
-            return
-        self.said.pop(f"{mail.path} recipients", None)
-        self.queue.lose(mail)
-        self.status.wanted.set()
-
-    def was_put_aside(self, mail):
-        """Whether it lies in .failed, and the daemon was killed before the status file could say so."""
-        envelope = mail.envelope()
-        if mail.state != RESTING or envelope_problem(envelope) or state_of_all(envelope) != GIVEN_UP:
-            return False
-        asides = itertools.takewhile(look, self.spool.failed_paths(mail.path))
-        aside = next((aside for aside in asides if aside not in self.queue.mails), None)
-        if aside:
-            self.queue.rename(mail, aside)
-            self.queue.become(mail, ASIDE)
-            self.status.wanted.set()
-            self.fail_command.add(mail)  # it cannot have been run yet
-        return bool(aside)
-
-    def is_back(self, aside):
-        """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
-        path = self.spool.path(os.path.basename(aside.path))
-        back = self.queue.mails.get(path)
-        return aside.state == ASIDE and (not has_recipients(back.envelope()) if back else bool(look(path)))
-
-    def is_held(self, mail):
-        """Whether a user has put a dot before its file's name: its entry waits for it, ASIDE. Raises OSError."""
-        parent, name = os.path.split(mail.path)
-        if parent != self.spool.directory or mail.entry is None or not (status := look(hidden(mail.path, ""))):
-            return False
-        known, was_there = identity(status), status.st_mtime < parse_time(self.started)  # else it may be a new mail's
-        if mail.state == ASIDE:
-            return mail.seen == known[:2]
-        if not (hash(known) == mail.print if mail.print else was_there):
-            return False
-        self.queue.become(mail, ASIDE)
-        mail.seen = known[:2]
-        self.status.wanted.set()
-        return True
-
-    def has_kept(self, mail):
-        """A file has the name of a mail that was held. True if it is that mail's, which goes on where it was."""
-        with contextlib.suppress(OSError):  # the next scan will see
-            if (status := look(mail.path)) and mail.seen == identity(status)[:2]:
-                mail.print = hash(identity(status))
-                self.queue.rest(mail, due_at(mail))
-                self.wake.set()
-            elif status:
-                self.queue.lose(mail)
-        return mail.state != LEFT
-
-    def retry_if_touched(self, path, unless=()):
-        """If a mail's file is not as it was, its user wants it to be tried now. unless: what it was, to leave it."""
-        mail = self.queue.mails.get(path)
-        if not mail or mail.entry is None or mail.state not in (RESTING, HELD):
-            return
-        with contextlib.suppress(OSError):
-            before, mail.print = mail.print, hash(identity(os.lstat(path)))
-            if before not in (mail.print, *unless):
-                mail.forced = True
-                self.queue.line_up(mail, self.queue.fresh)
-                self.relay.poke()
-                self.wake.set()
-
-    # -- complaints, each once
-
     def say(self, subject, text):
+        """A complaint, once."""
         before, when = self.said.get(subject, ("", 0))
         if before != text or time.monotonic() - when > SAY_AGAIN_SECONDS:
             self.said[subject] = text, time.monotonic()
             log(text)
-
-    def unsay(self, subject, text):
-        if self.said.pop(subject, None):
-            log(text)
-
-
-def due_at(mail):
-    """When a mail that waits is due by its entry."""
-    envelope = mail.envelope()
-    return 0.0 if envelope_problem(envelope) else next_attempt(envelope)
-
-
-def age_key(path):
-    """Sorts files by their age, the oldest first."""
-    try:
-        return os.lstat(path).st_mtime, path
-    except OSError:
-        return 0.0, path
-
-
-def has_changed(mail):
-    """Whether the file of a STUCK mail is not what it was; no, when that is not to be known."""
-    with contextlib.suppress(OSError):
-        return mail.seen != signature(look(mail.path))
-    return False
 
 
 # -------------------------------------------------------------------- main
@@ -5510,7 +5468,10 @@ def serve(options):
     if options.http:
         spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
-    gevent.get_hub().print_exception = spooler.lost_by_gevent
+    # an error outside of everything of ours; gevent would print its traceback
+    gevent.get_hub().print_exception = lambda _context, _kind, error, _trace: spooler.say(
+        "gevent", f"unexpected: {describe(error)}"
+    )
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
     spooler.publish()

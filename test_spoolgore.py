@@ -4862,7 +4862,7 @@ def test_who_has_a_mail_is_known_whatever_it_waits_for_when_it_is_renamed(spool,
             handle(spooler, "m2")
         assert entry_of(status, str(spool / "m2"))["Error"] == "unable to read mail file, Too many open files"
     if why != "rate":
-        spooler.gone(status.queue.mails[str(spool / "m1")])
+        spooler.lookout.gone(status.queue.mails[str(spool / "m1")])
     handle(spooler, "m2")
     assert sent == (["a@x.org"] if why == "rate" else ["a@x.org", "b@x.org"])
     if why == "cannot be removed":
@@ -5020,7 +5020,7 @@ def test_what_is_written_in_place_is_left_alone_for_a_moment(spool, status, way,
     if way == "linked":
         os.link(path, spool / "m2")
     for event in events:
-        spooler.noticed(getattr(spoolgore.Watch, event), "m1")
+        spooler.lookout.noticed(getattr(spoolgore.Watch, event), "m1")
     assert state_in(spooler, "m1") == ("in line" if pause is None else "resting")
     if pause is not None:
         assert spooler.queue.mails[path].due == (NOW + pause if pause else 0)
@@ -5159,11 +5159,11 @@ def test_a_mail_that_is_moved_back_between_two_looks_is_known(spool, status):
     handle(spooler, "m1")
     listed = spooler.spool.list()
     (spool / ".failed/m1").rename(spool / "m1")
-    spooler.take_stock(listed)
+    spooler.lookout.take_stock(listed)
     handle(spooler, "m1")
     assert tried == [["has@x.org", "never@x.org"], ["never@x.org"]] and given_up(spool) == ["m1"]
     (spool / ".failed/m1").unlink()
-    spooler.take_stock(spooler.spool.list())
+    spooler.lookout.take_stock(spooler.spool.list())
     assert not spooler.queue.mails
 
 
@@ -5707,7 +5707,7 @@ def test_a_watch_that_fails_is_set_up_again(spool, status, monkeypatch, fault, l
     spooler = spooler_of(spool, status)
     monkeypatch.setattr(spoolgore, "QUIET_SECONDS", 0)
     with failing(monkeypatch, "wait", fault, module=spoolgore.Watch):
-        spooler.keep("watch", spooler.watch)
+        spooler.keep("watch", spooler.lookout.watch)
         gevent.joinall(list(spooler.keepers.values()))
     assert logged() == [f"watch: {os.strerror(fault)} (it is started again)"]
     spooler.scan()
@@ -5841,7 +5841,7 @@ def test_a_mail_that_is_held_comes_back_as_it_was(spool, status, release, edited
     if release == "scan":
         spooler.scan()
     else:
-        spooler.noticed(spoolgore.Watch.MOVED_TO, "m1")
+        spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
     assert spooler.queue.mails[held.path] is held and (held.state, held.due) == (spoolgore.RESTING, NOW + 600)
     spooler.scan()
     assert held.envelope() == entry_due(NOW + 600) and held.state == spoolgore.RESTING
@@ -5865,7 +5865,7 @@ def test_a_file_in_the_place_of_one_that_is_held_is_another_mail(spool, status, 
     spooler.scan()
     put(spool, "other", mail("b@x.org"))
     (spool / "other").rename(spool / "m1")
-    spooler.noticed(spoolgore.Watch.MOVED_TO, "m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
     assert held.state == spoolgore.LEFT and spooler.queue.mails[held.path].entry is None
     handle(spooler, "m1")
     assert b"RCPT TO:<b@x.org>" in spooler.relay.stream.getvalue() and names(spool) == []
@@ -5933,7 +5933,7 @@ def test_a_mail_that_is_touched_is_tried_now(spool, status, way, state):
     if state == spoolgore.HELD:
         spooler.queue.become(waiting, spoolgore.FLYING)
         spooler.queue.become(waiting, state)
-    look = (lambda: spooler.noticed(spoolgore.Watch.CLOSE_WRITE, "m1")) if way == "event" else spooler.scan
+    look = (lambda: spooler.lookout.noticed(spoolgore.Watch.CLOSE_WRITE, "m1")) if way == "event" else spooler.scan
     look()
     assert waiting.state == state and not waiting.forced  # nothing has changed
     os.utime(spool / "m1")
