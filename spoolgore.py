@@ -198,13 +198,10 @@ STATE_LIMIT = 2**30  # octets; no state file is larger: a million mails are wait
 SAVE_SECONDS = 1  # the least time between two writes of the status file
 FACTS_SECONDS = 1  # the same, of what only the daemon knows
 NEAR_SECONDS = 60  # a turn under -rate that comes sooner is waited for by -once, and not spoken of
-SPEED_SECONDS = 10  # mails a second are those of this time
 GRACE_SECONDS = 0.1  # a file that was written in place may yet get its name, its time or its owner
 CLOCK_STEP_SECONDS = 5  # a clock that jumps back by more was set
 SAY_AGAIN_SECONDS = 3600  # what goes on for so long is said again
 STOP_SECONDS = 10  # what is in flight at SIGTERM may take this long
-FAIL_SECONDS = 60  # -failcommand's for one mail
-FAIL_LINE = 1000  # so many mails wait for it at most
 HTTP_PORT = 8025
 EX_OK, EX_ERROR, EX_USAGE, EX_UNAVAILABLE, EX_TEMPFAIL = 0, 1, 2, 69, 75
 
@@ -487,26 +484,21 @@ def check_words(found):
             raise bad_value(name, found[name], "not a host name")
     if found["tlsname"] and found["tls"] == "off":
         raise bad_value("tlsname", found["tlsname"], "there is no TLS with -tls off")
-    check_check(found)
-
-
-def check_check(found):
     if found["check"] and found["smtpaddr"] == "-":
         raise bad_value("smtpaddr", "-", "there is no relay for -check")
+    check_user(found, "checkto", "check")
     if found["checkto"]:
-        reason = checkto_problem(found["checkto"]) if found["check"] else "it needs -check"
-        if reason:
-            raise bad_value("checkto", found["checkto"], reason)
+        check_address("checkto", found["checkto"])
 
 
-def checkto_problem(address):
-    """Why nobody can be asked about that address; empty when somebody can."""
-    if "@" not in address or address_problem(address):
-        return address_problem(address) or "an address without a domain"
+def check_address(flag, address):
+    problem = address_problem(address) or ("" if "@" in address else "an address without a domain")
     try:
-        return wire_address(address) and ""
+        wire_address(address)
     except ValueError as error:
-        return f"an impossible domain: {error}"
+        problem = problem or f"an impossible domain: {error}"
+    if problem:
+        raise bad_value(flag, address, problem)
 
 
 def check_user(found, name, *users):
@@ -2675,8 +2667,6 @@ def dial(address, timeout, security, witness=None):
             witness(encryption(connection))
             witness(opening.offered())
         security.login(opening)
-        if witness:
-            witness(f"logged in as {security.user}" if security.user else "no login: there is no -smtpuser")
         connection.offers = opening.offers()
     except BaseException as error:
         if isinstance(error, RelayError):
@@ -3462,11 +3452,18 @@ def check(options, environ, say):
     """Talk to each relay, and say what it offers and what is wrong. Returns the exit status. Raises UsageError."""
     security, status = Security(options, environ), EX_OK
     for address in options.smtpaddr:
+
+        def witness(text, address=address):
+            say(one_line(f"{address}: {text}"))
+
         try:
-            witness = functools.partial(said_of, say, address)
             connection = dial(address, options.timeout, security, witness)
-            status = max(status, ask_for_leave(connection, options.checkto, witness) if options.checkto else EX_OK)
-            connection.quit_politely()
+            witness(f"logged in as {security.user}" if security.user else "no login: there is no -smtpuser")
+            try:
+                if options.checkto:
+                    ask_for_leave(connection, options.checkto, witness)
+            finally:
+                connection.quit_politely()
         except (OSError, UnicodeError) as error:
             login = "login refused: " if isinstance(error, LoginRefused) else ""
             witness(f"FAILED: {login}{describe(error)}")
@@ -3474,23 +3471,17 @@ def check(options, environ, say):
     return status
 
 
-def said_of(say, address, text):
-    say(one_line(f"{address}: {text}"))
-
-
 def ask_for_leave(connection, address, witness):
-    """MAIL and RCPT, then RSET. Returns the exit status. Raises OSError."""
+    """MAIL and RCPT, then RSET. Raises OSError."""
     wire = wire_address(address)
     utf8 = " SMTPUTF8" if not wire.isascii() and connection.offers.smtputf8 else ""
-    for command in (f"MAIL FROM:<{wire}>{utf8}", f"RCPT TO:<{wire}>"):
+    for command in (f"MAIL FROM:<{wire}>{utf8}", f"RCPT TO:<{wire}>", "RSET"):
         connection.send(f"{command}\r\n".encode())
         reply = connection.reply()
-        witness(f"{'' if reply.ok else 'FAILED: '}{command}: {reply}")
         if not reply.ok:
-            break
-    connection.send(b"RSET\r\n")
-    connection.reply()
-    return EX_OK if reply.ok else EX_ERROR
+            raise RelayRefused(f"{command}: {reply}")
+        if command != "RSET":
+            witness(f"{command}: {reply}")
 
 
 class Printer(Relays):
@@ -3689,7 +3680,15 @@ def steady_clock():
 
 # ------------------------------------------------------------------ report
 #
-# What people are told: -status, progress, and the service manager.
+# What people are told: -status, progress, the service manager, and -failcommand.
+
+TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
+KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
+PATIENT = KINDS[:4]  # the kinds that wait to be sent
+NOBODY = {"Address": "", "Attempts": 0, "Error": ""}
+SPEED_SECONDS = 10  # mails a second are those of this time
+FAIL_SECONDS = 60  # -failcommand's time for one mail
+FAIL_LINE = 1000  # mails that wait for it at most
 
 
 class Line(NamedTuple):
@@ -3699,37 +3698,30 @@ class Line(NamedTuple):
     kind: str
     path: str
     since: float
-    sender: str
-    recipient: str
-    attempts: int
-    error: str
+    sender: str = ""
+    recipient: str = ""
+    attempts: int = 0
+    error: str = ""
     entry: str = "null"  # as JSON, where it is asked for
 
 
-TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
-KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
-PATIENT = KINDS[:4]  # the kinds that wait to be sent
-
-
 def lines_of(entries, paths, now, running=True, mtime=modified, whole=False):
-    """A Line for each mail, due first: entries are (path, entry) pairs, paths those of the files. Its entry says since
-    when it is here; only who has none is asked for his file's mtime, since that takes longer than all the rest."""
+    """A Line for each mail, sorted by when it is due. entries: (path, entry) pairs; paths: of the files.
+
+    mtime() is called only where no entry gives the age: it takes longer than everything else.
+    """
     left, lines, lost = set(paths), [], {}
     for path, entry in entries:
         if path in left:
             left.remove(path)
             lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running, whole))
-        elif (
-            not envelope_problem(entry) and state_of_all(entry) == GIVEN_UP
-        ):  # the status file does not know where to yet
+        elif not envelope_problem(entry) and state_of_all(entry) == GIVEN_UP:  # its new path is not written yet
             lost[os.path.basename(path)] = entry
     for path in left:
         if since := mtime(path):
-            entry = lost.get(re.sub(r"\.\d+\Z", "", os.path.basename(path))) or lost.get(os.path.basename(path))
-            is_known = entry and is_aside(path)
-            lines.append(
-                line_of(path, entry, since, running, whole) if is_known else line_without_entry(path, since, now)
-            )
+            name = os.path.basename(path)
+            entry = is_aside(path) and (lost.get(re.sub(r"\.\d+\Z", "", name)) or lost.get(name))
+            lines.append(line_of(path, entry, since, running, whole) if entry else line_without_entry(path, since, now))
     return sorted(lines, key=operator.itemgetter(0, 1, 2))
 
 
@@ -3738,12 +3730,12 @@ def is_aside(path):
 
 
 def enqueued(entry):
-    """When the mail was first seen, in seconds since 1970; 0 when an edit made anything else of it."""
+    """When the mail was first seen, in seconds since 1970; 0 if the entry has no such time."""
     return moment_of(entry.get("Enqueued")) if isinstance(entry, dict) else 0.0
 
 
 def moment_of(text):
-    """parse_time() of what may be anything; 0 when it is no time."""
+    """parse_time() of anything; 0 if it is not a time."""
     try:
         return parse_time(text)
     except (TypeError, ValueError):
@@ -3751,61 +3743,47 @@ def moment_of(text):
 
 
 def line_without_entry(path, since, now):
-    """What was just put aside may not be in the status file yet."""
-    if is_aside(path):
-        return Line(math.inf, "given up", path, since, "", "", 0, "")
-    return Line(now, "new", path, since, "", "", 0, "")
+    """A file that the status file does not know yet: a new one, or one that was just put aside."""
+    return Line(math.inf, "given up", path, since) if is_aside(path) else Line(now, "new", path, since)
 
 
 def line_of(path, envelope, since, running=True, whole=False):
     if problem := envelope_problem(envelope):
-        return Line(math.inf, "unusable", path, since, "", "", 0, f"malformed entry: {problem}")
+        return Line(math.inf, "unusable", path, since, error=f"malformed entry: {problem}")
     if not running:
         interrupted(envelope)
     everybody = recipients(envelope)
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     concerned = left or [recipient for recipient in everybody if recipient["Error"]]
-    sender, error = bare(envelope.get("From")), str(envelope.get("Error") or "")  # an edit may have made anything of it
-    kind, entry = "unusable" if error else kind_of(left, concerned), json.dumps(envelope) if whole else "null"
-    if not concerned:
-        return Line(math.inf, kind, path, since, sender, "", 0, error, entry)
-    due, shown = first_due(concerned)
-    to = shown["Address"] if len(concerned) == 1 else f"{shown['Address']} +{len(concerned) - 1}"
-    due, error = due if left else math.inf, error or shown["Error"]
-    return Line(due, kind, path, since, sender, to, shown["Attempts"], error, entry)
-
-
-def first_due(some):
-    """(when, recipient) of the one that is due first."""
-    first = some[0] if len(some) == 1 else min(some, key=next_attempt_of)
-    return next_attempt_of(first), first
+    first = concerned[0] if len(concerned) == 1 else min(concerned, key=next_attempt_of, default=NOBODY)
+    due = next_attempt_of(first) if left else math.inf
+    recipient = f"{first['Address']} +{len(concerned) - 1}" if len(concerned) > 1 else first["Address"]
+    error = str(envelope.get("Error") or "")  # an edit may have made anything of it
+    kind = "unusable" if error else kind_of(left, concerned)
+    sender = str(envelope.get("From") or "").rpartition("<")[2].partition(">")[0]
+    entry = json.dumps(envelope) if whole else "null"
+    return Line(due, kind, path, since, sender, recipient, first["Attempts"], error or first["Error"], entry)
 
 
 def kind_of(left, concerned):
-    """left: the recipients that are not settled; concerned: the same, or, when there is none, those given up."""
+    """left: the recipients that are not settled; concerned: the same, or those given up if none is left."""
     if not left:
-        return "given up" if concerned else "waiting"  # all delivered: only its file is still there
-    if [recipient for recipient in left if recipient["Status"] == 1]:
+        return "given up" if concerned else "waiting"  # all are delivered, and only the file is still there
+    if 1 in [recipient["Status"] for recipient in left]:
         return "in flight"
-    return "deferred" if [recipient for recipient in left if recipient["Attempts"] or recipient["Error"]] else "waiting"
-
-
-def bare(field):
-    """The address in a From field, found quickly: it is only shown."""
-    text = str(field or "")
-    start = text.rfind("<") + 1
-    return text[start:].partition(">")[0] if start else text
+    failures = [recipient for recipient in left if recipient["Attempts"] or recipient["Error"]]
+    return "deferred" if failures else "waiting"
 
 
 def ago(seconds):
     """A duration in its largest unit: 45s, 12m, 3h, 2d."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if seconds >= size:
-            return f"{int(seconds // size)}{unit}"
+    for unit in "dhm":
+        if seconds >= UNITS[unit]:
+            return f"{int(seconds // UNITS[unit])}{unit}"
     return f"{max(0, seconds):.0f}s"
 
 
-# What one error has and another that means the same has not: addresses, numbers in brackets, names of queue files.
+# What differs between errors that mean the same: addresses, numbers in brackets, names of queue files.
 PARTICULAR = re.compile(
     r"<[^<>]*>|[^<>(),:;]+@[^<>(),:;]+|(?<![\w.-])(?:(?=[A-F]*\d)(?=\d*[A-F])[0-9A-F]{3,}"
     r"|(?=[A-Za-z-]*\d[A-Za-z-]*\d)[\w-]{8,}(?:\.\d+)?)(?![\w-]|\.\w)"
@@ -3813,7 +3791,7 @@ PARTICULAR = re.compile(
 
 
 def grouped(errors):
-    """Errors and their counts, those that mean the same taken together: a Counter from text to how often."""
+    """A Counter of errors, in which those that mean the same are counted as one. errors: from text to count."""
     alike = collections.Counter()
     for error, count in errors.items():
         alike[" ".join(filter(None, map(general, error.split()))).replace(" :", ":").strip(" :")] += count
@@ -3826,7 +3804,7 @@ def general(word):
 
 
 def relays_of(facts):
-    """Each relay of the facts, as Relay.fact() tells of it."""
+    """A dict for each relay in the facts: Relay.fact() taken apart."""
     for key, value in facts.items():
         if key.startswith("relay "):
             state, again, reason = [*value.split(", ", 2), "", ""][:3]
@@ -3856,7 +3834,7 @@ def summary_of(lines, facts, now, older=math.inf):
 
 
 def attention(summary, older):
-    """Why somebody should look; nothing when all is well. Needs a summary's daemon, relays, mails and oldest."""
+    """Why somebody should look; nothing if all is well. Needs a summary's daemon, relays, mails and oldest."""
     if summary["daemon"] != "running":
         yield f"the daemon is {summary['daemon']}"
     for relay in summary["relays"]:
@@ -3899,7 +3877,7 @@ def daemon_line(summary, now):
 
 
 def held_by(summary):
-    """What a mail waits for whose time has come."""
+    """What a mail that is due waits for."""
     relays = summary["relays"]
     if relays and all(relay["state"] != "up" for relay in relays):
         return "relay"
@@ -3912,31 +3890,30 @@ def table(lines, now, held="now"):
     for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
         wait = "-" if due == math.inf else ago(due - now) if due > now else "now" if kind == "in flight" else held
         name = path.rpartition(os.sep)[2]
-        sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known, <> is a bounce's
+        sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known; a bounce's is <>
         yield (name, kind, ago(now - since), sender, recipient, str(attempts), wait, error)
 
 
 def aligned(rows, width):
-    """Rows as lines with aligned columns, each cut to width if there is one; control characters are not shown."""
+    """Rows as lines with aligned columns, cut to width unless it is 0, without control characters."""
     rows = list(rows)
     widths = [min(40, max(map(len, column))) for column in zip(*rows)]
     form = "  ".join(f"%-{size}s" for size in widths[:-1]) + "  %s"
     return [one_line(form % row)[: width or None].rstrip() for row in rows]
 
 
-def text_report(lines, summary, now, width=0, height=math.inf):
+def text_report(lines, summary, now, width=0, height=sys.maxsize):
     """Lines of text, cut to a terminal's size if there is one."""
     text = [one_line(line)[: width or None] for line in headlines(summary, now)]
     if lines:
-        most = max(1, height - len(text) - 4)  # an empty line, the heading, what is left out, the prompt
-        shown = lines if len(lines) <= most else lines[: int(most)]
+        shown = lines[: max(1, height - len(text) - 4)]  # less an empty line, heading, "more", prompt
         text += ["", *aligned(table(shown, now, held_by(summary)), width)]
         text += [f"... and {len(lines) - len(shown)} more"] if len(shown) < len(lines) else []
     return text
 
 
 def json_line(line):
-    """A mail as JSON. since, next: seconds since 1970, or null for never; entry: as in the status file, or null."""
+    """A mail as JSON. since, next: seconds since 1970, null for never; entry: as in the status file, or null."""
     due = "null" if line.due == math.inf else f"{line.due:.0f}"
     mail = f'"path": {json.dumps(line.path)}, "state": "{line.kind}", "since": {line.since:.0f}, "next": {due}'
     return f'{{{mail}, "entry": {line.entry}}}'
@@ -3944,10 +3921,9 @@ def json_line(line):
 
 def all_about(line, now):
     """Lines of text about one mail and each of its recipients."""
-    envelope = json.loads(line.entry)
     yield line.path
     yield f"  {line.kind}, for {ago(now - line.since)}, from {line.sender or '<>'}{line.error and ', '}{line.error}"
-    for recipient in recipients(envelope) if envelope else ():
+    for recipient in recipients(json.loads(line.entry) or {}):
         what, wait = state(recipient), next_attempt_of(recipient) - now
         next_in = "" if what != WAITING else f", next in {ago(wait)}" if wait > 0 else ", due now"
         attempts = f", attempts: {recipient['Attempts']}{next_in}" if what != DELIVERED else ""
@@ -3955,23 +3931,26 @@ def all_about(line, now):
 
 
 def report(options, stream, now):
-    """Print how the spool is doing, disturbing nobody. Returns the exit status. Raises OSError, CorruptStatus."""
+    """Print how the spool is doing, without disturbing the daemon. Returns the exit status.
+
+    Raises OSError, CorruptStatus.
+    """
     spool, in_json = spool_of_others(options), options.format == "json"
-    gc.disable()  # many small objects, and none of them garbage
+    gc.disable()  # many small objects, none of them garbage
     paths, facts = [*spool.mails(), *spool.list_failed()], spool.owner()
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
     lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
     if options.names:
         return report_on(options.names, lines, stream, now, in_json)
-    summary, (width, height) = summary_of(lines, facts, now, options.older), shutil.get_terminal_size()
-    size = (width, height) if stream.isatty() else ()
+    summary = summary_of(lines, facts, now, options.older)
+    size = shutil.get_terminal_size() if stream.isatty() else ()
     text = [json.dumps(summary), *map(json_line, lines)] if in_json else text_report(lines, summary, now, *size)
     stream.write("\n".join(text) + "\n")
     return EX_UNAVAILABLE if not facts else EX_ERROR if summary["attention"] else EX_OK
 
 
 def report_on(names, lines, stream, now, in_json):
-    """Print all about the mails of these names; EX_ERROR if one of them is not there."""
+    """Print all about the mails of these names. Returns EX_ERROR if one of them is not there."""
     found = {}
     for line in lines:
         found.setdefault(os.path.basename(line.path), []).append(line)
@@ -3986,7 +3965,7 @@ def report_on(names, lines, stream, now, in_json):
 
 
 def spool_of_others(options):
-    """The spool as who asks sees it: what its owner writes there is to be believed. Raises OSError."""
+    """The spool for someone who only asks: its owner's state files are trusted too. Raises OSError."""
     spool = Spool(options.directory, options.json)
     if hasattr(os, "geteuid"):
         spool.owners = {*ourselves(), os.stat(spool.directory).st_uid}
@@ -4009,14 +3988,14 @@ def ask_to_flush(options, stream):
 
 
 class Progress:
-    """Says now and then how far a queue is that takes more than a few seconds. Pure: now is passed in."""
+    """Tells now and then how far the queue is, if it takes more than a few seconds. Pure: now is passed in."""
 
     def __init__(self, interval):
         self.interval = interval
-        self.past = deque()  # (when, mails sent by then) of the last words, ten seconds of them, or of the work's start
+        self.past = deque()  # (when, mails sent by then): the start of the work, then each text of the last ten seconds
 
     def line(self, now, waiting, in_flight, sent, turn=0):
-        """The text to show, or an empty one. turn: how long -rate holds back what is waiting."""
+        """The text to show, or an empty one. turn: for how many seconds -rate holds back what waits."""
         if not in_flight and (not waiting or turn >= NEAR_SECONDS):
             self.past.clear()
             return ""
@@ -4030,46 +4009,44 @@ class Progress:
         self.past.append((now, sent))
         speed = (sent - before) / (now - start)
         left = (waiting + in_flight) / speed if speed and turn <= self.interval else math.inf
-        return "" if left < 3 else progress_text(waiting, in_flight, sent, speed, left)
+        if left < 3:
+            return ""
+        shown, ending = f"{speed:.{0 if speed >= 10 else 1}f}", "" if left == math.inf else f", {ago(left)} left"
+        return f"{waiting} waiting, {in_flight} in flight, {sent} sent, {shown} mails/s{ending}"
 
     def next_word(self):
-        """When line() has something to say at the earliest; infinity when there is no work."""
+        """The earliest time of the next text; infinity if there is no work."""
         return self.past[-1][0] + self.interval if self.past else math.inf
 
 
-def progress_text(waiting, in_flight, sent, speed, left):
-    ending = "" if left == math.inf else f", {ago(left)} left"
-    return f"{waiting} waiting, {in_flight} in flight, {sent} sent, {speed:.{0 if speed >= 10 else 1}f} mails/s{ending}"
-
-
 class ServiceManager:
-    """Tells systemd how we are (sd_notify(3)), if it listens.
+    """Tells systemd how the daemon is doing (sd_notify(3)), if it listens.
 
     environ: NOTIFY_SOCKET, and for the watchdog WATCHDOG_USEC and WATCHDOG_PID.
     """
 
     def __init__(self, environ):
         self.address = environ.get("NOTIFY_SOCKET", "")
-        ours = self.address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.interval = int_or_zero(environ.get("WATCHDOG_USEC")) / 2e6 if ours else 0
+        is_ours = self.address and environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.interval = int_or_zero(environ.get("WATCHDOG_USEC")) / 2e6 if is_ours else 0
         self.next_sign = 0.0 if self.interval else math.inf
         self.said = ""
 
     def tell(self, text):
-        """Send it, unless it is what was said last. Nothing depends on it."""
+        """Send a text if it differs from the last one. Nothing depends on it."""
         if self.address and text != self.said:
             self.said = text
             self._send(text)
 
     def sign_of_life(self, now):
-        """For the watchdog: twice in each of its intervals. now is monotonic."""
+        """For the watchdog, twice in each of its intervals. now is monotonic."""
         if now >= self.next_sign:
             self.next_sign = now + self.interval
             self._send("WATCHDOG=1")
 
     def _send(self, text):
         with contextlib.suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.setblocking(False)  # a service manager that does not listen is no reason to wait
+            sock.setblocking(False)  # never wait for a service manager
             sock.sendto(text.encode(), "\0" + self.address[1:] if self.address[0] == "@" else self.address)
 
 
@@ -4080,47 +4057,32 @@ class FailCommand:
         self.spooler, self.command = spooler, spooler.options.failcommand
         secret = re.compile("SPOOLGORE_|WATCHDOG_|NOTIFY_SOCKET$")
         self.environ = {name: value for name, value in environ.items() if not secret.match(name)}
-        self.line = deque()  # (mail, its entry as JSON); the first is run for
-        self.arrived, self.idle = gevent.event.Event(), gevent.event.Event()
-        self.idle.set()
+        self.line = deque()  # (mail, its entry as JSON); the command runs for the first
 
     def add(self, mail):
-        """This mail lies in .failed now."""
+        """A mail was given up, and lies in .failed."""
         if not self.command:
             return
         if len(self.line) >= FAIL_LINE:
             return log(f"{mail.path} -failcommand is not run for it: {FAIL_LINE} mails wait for that already")
         self.line.append((mail, f"{json.dumps({'File': mail.path, **mail.envelope()})}\n".encode()))
-        self.idle.clear()
-        self.arrived.set()
+        self.spooler.wake.set()
 
     def keep_running(self):
-        """Serve the line, for ever."""
-        while True:
-            self.arrived.wait()
-            while self.line:
-                while not self.spooler.status.commit(self.line[0][0]):
-                    gevent.sleep(QUIET_SECONDS)  # suspended, or the status cannot be written
-                self.run(self.line[0][1])
-                self.line.popleft()
-            self.arrived.clear()
-            self.idle.set()
-            self.spooler.wake.set()
+        """Run the command for each mail in the line; the loop starts this again whenever the line is not empty."""
+        while self.line:
+            mail, entry = self.line[0]
+            while not self.spooler.status.commit(mail):
+                gevent.sleep(QUIET_SECONDS)  # suspended, or the status cannot be written
+            try:
+                self.run(entry)
+                self.spooler.said.pop("failcommand", None)
+            except OSError as error:
+                self.spooler.say("failcommand", f"-failcommand: {describe(error)}")
+            self.line.popleft()
 
     def run(self, entry):
-        """Trouble is said once."""
-        try:
-            status = self._result(entry)
-            trouble = f"it failed with exit status {status}" if status else ""
-        except OSError as error:
-            trouble = describe(error)
-        if trouble:
-            self.spooler.say("failcommand", f"-failcommand: {trouble}")
-        else:
-            self.spooler.said.pop("failcommand", None)
-
-    def _result(self, entry):
-        """The exit status; what it started and left behind is ended in any case."""
+        """Run the command, then kill whatever it left running. Raises OSError if it fails."""
         process = subprocess.Popen(
             self.command, shell=True, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=self.environ,
             start_new_session=True
@@ -4128,30 +4090,31 @@ class FailCommand:
         try:
             with limited(FAIL_SECONDS, f"it took longer than {FAIL_SECONDS} s"):
                 process.communicate(entry)
-                return process.wait()
+            if process.returncode:
+                raise OSError(f"it failed with exit status {process.returncode}")
         finally:
             kill_all(process)
 
     def stop(self, seconds):
-        """What waits may still be run for; the rest is said."""
+        """The line has some seconds left; the rest of it is logged."""
         if self.line:
             self.spooler.keep("failcommand", self.keep_running)
-        self.idle.wait(seconds)
+            self.spooler.keepers["failcommand"].join(seconds)
         for mail, _ in self.line:
             log(f"{mail.path} -failcommand was not run for it to the end: the daemon stops")
 
 
 # -------------------------------------------------------------------- page
 #
-# -http: what -status says, for browsers, Prometheus and monitors. What holds:
+# -http: what -status tells, for browsers, Prometheus and monitors. What holds:
 #
 # 1. Nothing can be changed by it. A request has 8 KB and 5 s, its answer 10 s; then the connection is closed.
-# 2. However many mails there are, nothing takes the loop for over 20 ms: one greenlet looks through the queue, a slice
-#    at a time, and what it found serves everybody for twenty times as long as that took.
-# 3. What comes from a mail, a relay or a file's name gets into the page by shown_text() and by nothing else.
+# 2. However many mails there are, nothing blocks the loop for over 20 ms: one greenlet looks through the queue, a slice
+#    at a time, and what it found is good for twenty times as long as the look took.
+# 3. What comes from a mail, a relay or a file's name gets into the page through shown_text() only.
 
 PAGE_ROWS, PAGE_SLICE = 100, 200  # mails that are shown, and looked at in one turn
-PAGE_SECONDS = 1  # an answer is good for so long
+PAGE_SECONDS = 1  # how long an answer is good
 TEXT = "text/plain; charset=utf-8"
 REQUEST_LIMIT, REQUEST_SECONDS, ANSWER_SECONDS = 8192, 5, 10
 VISITORS = 1000  # connections at once; more wait
@@ -4162,18 +4125,18 @@ PACKED_ERROR = re.compile(rb'"Error": ("(?:[^"\\]|\\.)+")')
 PACKED_ENQUEUED = re.compile(rb'"Enqueued": "([^"\\]+)"')
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --dim: #57606a; --line: #d5dae0; --bad: #b42318;
-  --good: #1a7f4b; --sent: #2a7de1; --deferred: #d99000; --lost: #c62f2f }
+  --good: #1a7f4b; --sent: #2a7de1; --deferred: #d99000; --given: #c62f2f }
 @media (prefers-color-scheme: dark) { :root { --back: #14171b; --text: #e4e8ec; --dim: #98a2ad; --line: #333a42;
-  --bad: #ff8a7a; --good: #5fd39a; --sent: #5aa2f5; --deferred: #e8b04a; --lost: #f0625f } }
+  --bad: #ff8a7a; --good: #5fd39a; --sent: #5aa2f5; --deferred: #e8b04a; --given: #f0625f } }
 body { margin: 0 auto; max-width: 80rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; color: var(--text);
   background: var(--back); overflow-wrap: anywhere }
 h1, h2, p { margin: 0 } h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.5rem 0 .4rem }
 .bad { color: var(--bad) } .good { color: var(--good) } .dim { color: var(--dim) }
 .Mails { display: flex; flex-wrap: wrap; gap: .5rem 2rem } .Mails b { display: block; font-size: 1.6rem }
 svg { display: block; width: 100%; height: 8rem; border-bottom: 1px solid var(--line) }
-.sent { fill: var(--sent) } .deferred { fill: var(--deferred) } .lost { fill: var(--lost) }
-i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em } i.sent { background: var(--sent) }
-i.deferred { background: var(--deferred) } i.lost { background: var(--lost) }
+.sent { color: var(--sent) } .deferred { color: var(--deferred) } .given { color: var(--given) }
+rect { fill: currentcolor }
+i { display: inline-block; width: .8em; height: .8em; margin: 0 .3em 0 .8em; background: currentcolor }
 table { border-collapse: collapse; width: 100%; font-size: .87rem } th { color: var(--dim); font-weight: 500 }
 th, td:nth-child(2), td:nth-child(3), td:nth-child(6), td:nth-child(7) { white-space: nowrap }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem .25rem 0; border-top: 1px solid var(--line) }
@@ -4187,7 +4150,6 @@ SECURITY = (
     ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"), ("Cache-Control", "no-store"),
     ("Cross-Origin-Resource-Policy", "same-origin"), ("Connection", "close"),
 )  # fmt: skip
-CHART_KINDS = {"sent": "sent", "deferred": "deferred", "lost": "given up"}
 RELAY_FIGURES = {
     "relay_up": ("Whether a relay can be used.", lambda relay: int(not relay.down)),
     "connections": ("Open connections.", lambda relay: relay.established),
@@ -4197,30 +4159,21 @@ RELAY_FIGURES = {
 }
 
 
-class Digest(NamedTuple):
-    """What a look through the whole queue found."""
-
-    lines: list  # a Line of each of the first mails
-    errors: collections.Counter
-    mails: dict  # how many are unusable, and given up: the queue's own counts have more than these
-    oldest: float  # when the mail that waits for longest was first seen, in seconds since 1970; 0 if none waits
-
-
 class Page:
     """See the head of this section."""
 
     def __init__(self, spooler):
         self.spooler, self.server, self.where = spooler, None, ""
         self.marks = deque([(0, 0, 0)] * 60, maxlen=60)  # recipients, at the beginning of each of the last 60 minutes
-        self._drawing, self._digest, self._good_until = gevent.lock.BoundedSemaphore(), None, 0.0
+        self._drawing, self._found, self._good_until = gevent.lock.BoundedSemaphore(), None, 0.0
         pages = {"/": self.page, "/metrics": self.metrics, "/health": self.health}
         self.drawn = {path: (draw, 0.0, None) for path, draw in pages.items()}  # (how, good until when, the answer)
 
     # -- the server
 
     def open(self, where, visitors):
-        """Answer requests from now on. where: as in the options; visitors: at once. Raises OSError."""
-        from gevent import pywsgi  # takes 10 ms, and whoever has no page needs none of it
+        """Start to answer requests. where: as in the options; visitors: the most at once. Raises OSError."""
+        from gevent import pywsgi  # takes 10 ms, and only the page needs it
 
         listener, self.where = listen_on(where), where
         self.server = pywsgi.WSGIServer(
@@ -4234,12 +4187,12 @@ class Page:
     def close(self):
         if self.server:
             self.server.stop(0)
-        if isinstance(self.where, str) and self.where:
-            with contextlib.suppress(OSError):
-                os.unlink(self.where[5:])
+            if isinstance(self.where, str):
+                with contextlib.suppress(OSError):
+                    os.unlink(self.where[5:])
 
     def mark_minutes(self):
-        """For ever."""
+        """Note the tally at each minute's beginning, for ever."""
         end = time.monotonic()
         while True:
             end += 60
@@ -4255,7 +4208,7 @@ class Page:
         return [] if method == "HEAD" else [body]
 
     def answer(self, method, path, host, local):
-        """(status, content type, body). local: our end of the connection, as getsockname() says."""
+        """(status, content type, body). local: our end of the connection, as getsockname() returns it."""
         if isinstance(local, tuple) and not is_ours(host, local[0], self.where):
             return "421 Misdirected Request", TEXT, b"The Host is not the address that this page is at.\n"
         if method not in ("GET", "HEAD"):
@@ -4265,7 +4218,7 @@ class Page:
         return self.draw(path)
 
     def draw(self, path):
-        """One for all who ask in the same second."""
+        """The same answer for all who ask within a second."""
         with self._drawing:
             draw, until, answer = self.drawn[path]
             if time.monotonic() >= until:
@@ -4276,38 +4229,32 @@ class Page:
 
     # -- what there is to say
 
-    def digest(self):
-        if time.monotonic() >= self._good_until:
-            began = time.monotonic()
-            self._digest = look_through(list(self.spooler.queue.mails.values()), self.spooler.clock())
+    def summary(self):
+        """What the page needs of a summary_of(); errors is a Counter, and lines are those of the first mails."""
+        spooler, began, mails = self.spooler, time.monotonic(), dict.fromkeys(KIND_OF.values(), 0)
+        if began >= self._good_until:
+            self._found = look_through(list(spooler.queue.mails.values()), spooler.clock())
             self._good_until = began + 21 * (time.monotonic() - began)
-        return self._digest
-
-    def summary(self, digest):
-        """What -status says above its table, as far as attention() needs it."""
-        spooler, mails = self.spooler, dict.fromkeys(KIND_OF.values(), 0)
+        lines, errors, unsendable, oldest = self._found
         for state, kind in KIND_OF.items():
             mails[kind] += spooler.queue.counts[state]
-        mails.update(digest.mails)
-        seconds = round(spooler.clock() - digest.oldest)
-        return {
+        summary = {
             "daemon": "suspended" if spooler.suspended else "running",
             "relays": [*relays_of(spooler.facts())],
-            "mails": mails,
-            "oldest": {"seconds": seconds} if digest.oldest else None,
             "next_turn": spooler.turn(),
+            "mails": {**mails, **unsendable},
+            "oldest": {"seconds": round(spooler.clock() - oldest)} if oldest else None,
+            "errors": errors,
+            "lines": lines,
         }
-
-    def troubles(self, summary):
-        return [*attention(summary, self.spooler.options.older)]
+        return {**summary, "attention": [*attention(summary, spooler.options.older)]}
 
     def health(self):
-        troubles = self.troubles(self.summary(self.digest()))
-        text = "".join(f"{one_line(line)}\n" for line in troubles)
-        return "503 Service Unavailable" if troubles else "200 OK", "text/plain", text or "ok\n"
+        text = "".join(f"{one_line(line)}\n" for line in self.summary()["attention"])
+        return "503 Service Unavailable" if text else "200 OK", "text/plain", text or "ok\n"
 
     def metrics(self):
-        spooler, summary = self.spooler, self.summary(self.digest())
+        spooler, summary = self.spooler, self.summary()
         wait, mails = summary["oldest"]["seconds"] if summary["oldest"] else 0, summary["mails"]
         build = {"version": VERSION, "python": sys.version.split()[0], "gevent": gevent.__version__}
         families = [
@@ -4323,16 +4270,15 @@ class Page:
         return "200 OK", "text/plain; version=0.0.4", "".join(family_text(*family) for family in families)
 
     def page(self):
-        digest, spooler, now = self.digest(), self.spooler, self.spooler.clock()
-        summary, where = self.summary(digest), shown_text(spooler.spool.directory)
-        troubles = self.troubles(summary)
-        rows = "".join(map(html_row, itertools.islice(table(digest.lines, now, held_by(summary)), 1, None)))
+        spooler, now, summary = self.spooler, self.spooler.clock(), self.summary()
+        where, troubles = shown_text(spooler.spool.directory), summary["attention"]
+        rows = "".join(map(html_row, itertools.islice(table(summary["lines"], now, held_by(summary)), 1, None)))
         sections = {
             "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
             "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in summary["mails"].items()],
             "Relays": [html_relay(relay, now) for relay in summary["relays"]],
-            "The last 60 minutes": [chart([*self.marks, tuple(spooler.tally.values())])],
-            "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in digest.errors.most_common(10)],
+            "The last 60 minutes": [chart(spooler.tally, [*self.marks, tuple(spooler.tally.values())])],
+            "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in summary["errors"].most_common(10)],
             f"The first {PAGE_ROWS} mails": [f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"],
         }
         return "200 OK", "text/html", "".join([
@@ -4345,7 +4291,10 @@ class Page:
 
 
 def look_through(mails, now):
-    """The Digest of a queue, a slice in each turn of the loop."""
+    """Look through the queue, a slice in each turn of the loop. Returns a Line for each of the first mails, a Counter
+    of the errors, how many mails are unusable and given up (the queue counts others with these), and when the oldest
+    mail that waits was first seen, in seconds since 1970; 0 if none waits.
+    """
     first, errors, kinds, oldest = [], collections.Counter(), collections.Counter(), b"~"
     for start in range(0, len(mails), PAGE_SLICE):
         some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
@@ -4358,31 +4307,31 @@ def look_through(mails, now):
         oldest = min([oldest, *(match[1] for match in times if match)])
         gevent.sleep(0)
     lines = sorted(page_line(mail, now) for mail in first if is_shown(mail))
-    kinds = {kind: kinds[kind] for kind in ("unusable", "given up")}
-    return Digest(lines, errors, kinds, max(0.0, moment_of(oldest.decode())))
+    unsendable = {kind: kinds[kind] for kind in ("unusable", "given up")}
+    return lines, errors, unsendable, max(0.0, moment_of(oldest.decode()))
 
 
 def is_shown(mail):
-    """Not what has left or is held by its user, and not what is no mail at all."""
+    """No for a mail that has left or is held by its user, and for what is not a mail."""
     if mail.state == ASIDE:
         return is_aside(mail.path)
     return mail.state != LEFT and (mail.state != STUCK or mail.entry is not None)
 
 
 def page_line(mail, now):
-    """A mail's Line; of one with very many recipients only how many they are. Others have their turn after each."""
+    """A mail's Line; very many recipients are only counted. The other greenlets run between two of these."""
     gevent.sleep(0)
     entry = mail.entry
     if entry is None:
         return line_without_entry(mail.path, modified(mail.path) or now, now)
     many = entry.count(b'"Address"') if isinstance(entry, bytes) else len(recipients(entry))
     if many > PAGE_ROWS * 5 or len(entry) > CHUNK:
-        return Line(mail.due, KIND_OF[mail.state], mail.path, now, "...", f"{many} recipients", 0, "")
+        return Line(mail.due, KIND_OF[mail.state], mail.path, now, "...", f"{many} recipients")
     return line_of(mail.path, envelope := mail.envelope(), enqueued(envelope) or now)
 
 
 def family_text(name, about, samples):
-    """A family of metrics in Prometheus' text format; samples: (labels, value) pairs."""
+    """A family of metrics in Prometheus' text format. samples: (labels, value) pairs."""
     kind = "counter" if name.endswith("_total") else "gauge"
     lines = [f"# HELP spoolgore_{name} {about}", f"# TYPE spoolgore_{name} {kind}"] if samples else []
     for labels, value in samples:
@@ -4392,13 +4341,12 @@ def family_text(name, about, samples):
 
 
 def shown_text(text):
-    """Any text, as it may stand in the page."""
-    text = text[:500]
-    return html.escape(text if text.isprintable() else one_line(text))
+    """Any text, as it may be put into the page."""
+    return html.escape(one_line(text[:500]))
 
 
 def html_relay(relay, now):
-    """relay: as relays_of() has it."""
+    """relay: from relays_of()."""
     if relay["state"] == "up":
         return f"<p class=good>{shown_text(relay['address'])} is up"
     again = ago(moment_of(relay["again"]) - now)
@@ -4406,24 +4354,23 @@ def html_relay(relay, now):
 
 
 def html_row(row):
-    """Others have their turn after it."""
-    gevent.sleep(0)
+    gevent.sleep(0)  # the other greenlets run between two rows
     return f"<tr>{''.join(f'<td data-name={name!r}>{shown_text(cell)}' for name, cell in zip(TITLES, row))}"
 
 
-def chart(marks):
-    """An SVG of the recipients in each minute; marks: (sent, deferred, given up) in all, at each minute's beginning."""
+def chart(kinds, marks):
+    """An SVG of the recipients in each minute. marks: how many of each kind in all, at each minute's beginning."""
     minutes = [[b - a for a, b in zip(before, after)] for before, after in zip(marks, marks[1:])]
     most, bars = max(map(sum, minutes)), []
     for number, minute in enumerate(minutes):
-        words = ", ".join(f"{count} {kind}" for count, kind in zip(minute, CHART_KINDS.values()))
+        words = ", ".join(f"{count} {kind}" for count, kind in zip(minute, kinds))
         ends = [100 - 100 * height / (most or 1) for height in itertools.accumulate(minute)]
         rects = [
-            f"<rect class={look} x={10 * number + 1} width=8 y={end:.2f} height={100 * count / most:.2f} />"
-            for look, count, end in zip(CHART_KINDS, minute, ends) if count
+            f"<rect class='{kind}' x={10 * number + 1} width=8 y={end:.2f} height={100 * count / most:.2f} />"
+            for kind, count, end in zip(kinds, minute, ends) if count
         ]  # fmt: skip
         bars += [f"<g><title>{len(minutes) - number} min ago: {words}</title>{''.join(rects)}</g>"] if rects else []
-    legend = "".join(f"<i class={look}></i>{kind}" for look, kind in CHART_KINDS.items())
+    legend = "".join(f"<i class='{kind}'></i>{kind}" for kind in kinds)
     svg = f"<svg viewBox='0 0 600 100' preserveAspectRatio=none role=img aria-label='Recipients'>{''.join(bars)}</svg>"
     return f"{svg}<p class=dim>{legend}; recipients a minute, {most} at most"
 
@@ -4432,7 +4379,7 @@ def chart(marks):
 
 
 def listen_on(where):
-    """A listening socket. where: as in the options. Raises OSError, which names the flag."""
+    """A listening socket. where: as in the options. Raises OSError that names the flag."""
     try:
         if isinstance(where, Address):
             family, _, _, _, name = socket.getaddrinfo(where.host, where.port, type=socket.SOCK_STREAM)[0]
@@ -4451,7 +4398,7 @@ def listen_on(where):
 
 
 def bind_privately(path):
-    """A socket at a path, for us alone, in place of one that nobody listens at. Raises OSError."""
+    """A socket at a path, for our user alone; it replaces one that nobody listens at. Raises OSError."""
     with contextlib.suppress(FileNotFoundError), gevent.socket.socket(socket.AF_UNIX) as other:
         if stat.S_ISSOCK(os.lstat(path).st_mode) and other.connect_ex(path) == errno.ECONNREFUSED:
             os.unlink(path)
@@ -4464,13 +4411,13 @@ def bind_privately(path):
 
 
 def is_ours(host, local, where):
-    """Whether a request's Host is the address that it came to, and no name that was made to lead here."""
+    """Whether a request's Host is the address that it came to, not a name that somebody made lead here."""
     name = re.sub(r":\d+$", "", host).strip("[]").lower()
     return name in ("localhost", local.lower(), local.lower().replace("::ffff:", ""), where.host.lower())
 
 
 def head_of(sock):
-    """The head of a request; nothing if it is too long or too slow, or ends too early. Raises OSError."""
+    """The head of a request; empty if it is too long or too slow, or ends too early. Raises OSError."""
     head = b""
     with gevent.Timeout(REQUEST_SECONDS, False):
         while b"\n\r\n" not in head and len(head) <= REQUEST_LIMIT and (more := sock.recv(REQUEST_LIMIT)):
@@ -4479,7 +4426,7 @@ def head_of(sock):
 
 
 def visit_class(pywsgi):
-    """What handles a connection: gevent's class, with limits."""
+    """gevent's handler of a connection, with limits."""
 
     class Visit(pywsgi.WSGIHandler):
         def read_requestline(self):
@@ -4490,7 +4437,7 @@ def visit_class(pywsgi):
         def read_request(self, raw_requestline):
             try:
                 return super().read_request(raw_requestline)
-            except Exception as error:  # noqa: BLE001 -- of anything else gevent prints a traceback
+            except Exception as error:  # noqa: BLE001 -- for anything else gevent prints a traceback
                 raise ValueError(describe(error)) from None
 
         def get_environ(self):
@@ -4498,7 +4445,7 @@ def visit_class(pywsgi):
 
         def handle_error(self, kind, error, trace):
             self.close_connection = True
-            if not isinstance(error, OSError):  # that it reads too slowly, or has gone, is no news
+            if not isinstance(error, OSError):  # a visitor that reads too slowly, or has gone, is no news
                 super().handle_error(kind, error, trace)
 
     return Visit

@@ -10502,7 +10502,8 @@ def test_slow_visitors_and_a_thousand_at_once_hold_up_nobody(spool, scripted, st
     with contextlib.ExitStack() as stack:
         idle = [stack.enter_context(open_page(where)) for _ in range(1000)]
         for sock in idle[:500]:
-            sock.sendall(b"GET / HTTP/1.1\r\n")
+            with contextlib.suppress(BrokenPipeError):  # on a busy machine its time may be over
+                sock.sendall(b"GET / HTTP/1.1\r\n")
         put(spool, "m1", mail("a@x.org"))
         assert relay.wait_for(1)[0].recipients == ["a@x.org"]
         assert get(where, "/health")[0] == 200
