@@ -2634,7 +2634,7 @@ def dial(address, timeout, security, witness=None):
     connection.secrets = security.secrets
     try:
         if witness:
-            witness("connected to {}:{}".format(*connection.sock.getpeername()))
+            witness(f"connected to {Address(*connection.sock.getpeername()[:2])}")
         if security.implicit_tls(address):
             security.encrypt(connection)
         opening = Opening(connection, security.helo)

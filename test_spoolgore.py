@@ -8819,6 +8819,16 @@ def test_an_ipv6_relay(spool, run, ipv6):
         relay.stop()
 
 
+def test_check_of_an_ipv6_relay_says_its_address_as_smtpaddr_takes_it(ipv6):
+    relay = relay_on("::1")
+    try:
+        address = f"[::1]:{relay.port}"
+        status, lines = checked("-smtpaddr", address)
+        assert (status, lines[0]) == (0, f"{address}: connected to {address}")
+    finally:
+        relay.stop()
+
+
 @pytest.mark.parametrize("listening", ["127.0.0.1", "127.0.0.2"])
 def test_a_name_with_several_addresses_tries_them_all(monkeypatch, listening):
     def getaddrinfo(host, port, **_):
