@@ -2655,7 +2655,7 @@ def dial(address, timeout, security, witness=None):
     connection.secrets = security.secrets
     try:
         if witness:
-            witness("connected to {}:{}".format(*connection.sock.getpeername()))
+            witness(f"connected to {Address(*connection.sock.getpeername()[:2])}")
         if security.implicit_tls(address):
             security.encrypt(connection)
         opening = Opening(connection, security.helo)
@@ -3048,15 +3048,18 @@ class Security:
         for mechanism in mechanisms:
             self._check_secrecy(mechanism, connection)
             reply = self._authenticate(opening, mechanism)
-            if reply.code >= 500 and reply.code not in NO_MECHANISM:
-                self._output = None
-                reply = self._authenticate(opening, mechanism) if was_asked else reply
+            if was_asked and reply.code >= 500 and reply.code not in NO_MECHANISM:
+                self._output = None  # it may be out of date
+                reply = self._authenticate(opening, mechanism)
             if reply.code not in NO_MECHANISM:  # else it is offered, and not known all the same
                 break
         if reply.code != 235:
             enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", reply.text)  # RFC 3463
             text = f"{reply.code} {enhanced[0] + ' ' if enhanced else ''}in reply to AUTH {mechanism.upper()}"
-            raise LoginRefused(text) if reply.code >= 500 else RelayError(text)
+            if reply.code < 500:
+                raise RelayError(text)
+            self._output = None
+            raise LoginRefused(text)
         connection.is_mute = False
 
     def _mechanisms(self, opening):
@@ -3423,12 +3426,14 @@ class Relays:
     def send(self, sender, addresses, message):
         """As Relay.send(). If there are several, each outcome names the relay that took the mail."""
         for relay in self.relays:
-            with contextlib.suppress(RelayDown):
+            try:
                 outcomes = relay.send(sender, addresses, message)
-                for address, (verdict, text) in outcomes.items() if len(self.relays) > 1 else ():
-                    if verdict is Verdict.DELIVERED:
-                        outcomes[address] = Outcome(verdict, f"{relay.name}: {text}")
-                return outcomes
+            except RelayDown:
+                continue
+            for address, (verdict, text) in outcomes.items() if len(self.relays) > 1 else ():
+                if verdict is Verdict.DELIVERED:
+                    outcomes[address] = Outcome(verdict, f"{relay.name}: {text}")
+            return outcomes
         raise RelayDown(self.down or "the relays are unavailable")
 
     def tend(self):

@@ -8408,6 +8408,24 @@ def test_a_token_that_has_run_out_is_asked_for_again(spool, start, scripted, tmp
     assert runs.read_text() == "\n\n" and len(relay.connections.items) == 3  # the second try on the same connection
 
 
+def test_a_token_that_was_refused_is_not_tried_again(scripted, tmp_path):
+    tokens, replies = tmp_path / "tokens", iter([b"235 fine\r\n", *[b"535 5.7.8 no\r\n"] * 3])
+    tokens.write_text("a\nb\nc\n")
+    relay = scripted(["AUTH XOAUTH2"])
+    relay.replies = {"AUTH": lambda line: next(replies)}
+    command = f"head -1 {tokens}; sed -i 1d {tokens}"
+    flags = ["-smtpuser", "app", "-smtpauth", "xoauth2", "-smtppasswordcommand", command]
+    options = options_of("-helo", "x.org", "-smtpaddr", relay.address, *flags, "spool")
+    security = spoolgore.Security(options, {})
+    spoolgore.dial(options.smtpaddr[0], options.timeout, security).close()
+    for _ in range(2):
+        with pytest.raises(spoolgore.LoginRefused):
+            spoolgore.dial(options.smtpaddr[0], options.timeout, security)
+    lines = [line for talk in relay.connections.items for line in talk.commands if line.startswith(b"AUTH")]
+    tried = [base64.b64decode(line.split()[2]).split()[1].rstrip(b"\1") for line in lines]
+    assert tried == [b"a", b"a", b"b", b"c"]
+
+
 @pytest.mark.parametrize(
     "command, text",
     [
@@ -8814,6 +8832,16 @@ def test_an_ipv6_relay(spool, run, ipv6):
         daemon = run("-once", "-helo", "app.example.org", "-smtpaddr", f"[::1]:{relay.port}")
         assert daemon.status_code == 0, daemon.lines
         assert len(relay.mails) == 1
+    finally:
+        relay.stop()
+
+
+def test_check_of_an_ipv6_relay_says_its_address_as_smtpaddr_takes_it(ipv6):
+    relay = relay_on("::1")
+    try:
+        address = f"[::1]:{relay.port}"
+        status, lines = checked("-smtpaddr", address)
+        assert (status, lines[0]) == (0, f"{address}: connected to {address}")
     finally:
         relay.stop()
 
