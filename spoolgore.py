@@ -5207,8 +5207,7 @@ class Spooler:
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         if self.suspended:  # what was delivered meanwhile is not in the file yet
-            if not self.take_edit():
-                self.status.set_aside(self.clock(), "it cannot be read")
+            self.take_edit(is_last=True)
             self.status.thaw()
         self.status.save()
         if not self.status.knows_all():
@@ -5259,20 +5258,22 @@ class Spooler:
         else:  # or the next write would take the edit away
             self.suspend(save=False)
 
-    def take_edit(self):
-        """Whether the status file could be read; a corrupt one is kept aside."""
+    def take_edit(self, is_last=False):
+        """Whether the status file could be read. is_last: it is written next, so a bad one is moved aside."""
         try:
             self.status.reload()
-        except CorruptStatus as error:
-            self.status.set_aside(self.clock(), error)
-        except OSError as error:
-            log(f"status not reloaded, {describe(error)}")
+        except (CorruptStatus, OSError) as error:
+            if is_last:
+                self.status.set_aside(self.clock(), describe(error))
+            else:
+                log(f"status not reloaded, {self.status.path}: {getattr(error, 'strerror', '') or error}")
             return False
-        else:
-            log("status reloaded")
+        log("status reloaded")
         return True
 
     def flush(self):
+        if self.suspended and not self.take_edit():
+            return  # as in reload()
         self.queue.flush()
         log(f"spool directory flushed ({self.queued()} messages in the queue)")
         self.resume()
@@ -5316,7 +5317,7 @@ class Spooler:
         for mail in [mail for mail in self.queue.mails.values() if mail.state != FLYING]:
             self.queue.drop(mail)
         self.queue.dropped.clear()
-        self.take_edit()
+        self.take_edit(is_last=True)
         self.queue.look_again(due_at)
         log(f"spool directory {self.spool.directory} was made again")
 
