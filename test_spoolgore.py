@@ -5801,7 +5801,6 @@ def test_an_edit_with_a_typo_is_left_as_it_is_until_it_is_mended(spool, status, 
     assert not spooler.suspended and entry_of(status, me)["To"][0]["Status"] == 2
     spooler.suspend()
     write_status(status, typo)
-    spooler.relay, spooler.exit_status = types.SimpleNamespace(retire=list, close=list), 0
     spooler.stop()
     assert [path.read_bytes() for path in spool.glob(".status.js.corrupt-*")] == [typo]
 
@@ -9362,7 +9361,7 @@ import os, sys
 from gevent import monkey
 monkey.patch_all()
 sys.path.insert(0, os.path.dirname(sys.argv[2]))
-import gevent, pprint, pwd, resource, spoolgore  # all that only root may be able to read
+import encodings.utf_8_sig, gevent, pprint, pwd, resource, spoolgore  # all that only root may be able to read
 gevent.get_hub().threadpool.apply(gevent.get_hub().resolver.gethostbyname, ("127.0.0.1",))
 os.setgroups([])
 os.setgid(int(sys.argv[1]))
