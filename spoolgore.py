@@ -1616,6 +1616,8 @@ class Status:
             if not envelope_problem(envelope):
                 interrupted(envelope, error)
             entries.append((path, pack(path, envelope)))
+        if others and not entries:
+            raise CorruptStatus(f"it names no mail of this spool, but {others[0]}")
         if others:
             log(f"{self.path} names {len(others)} files that are no mails of this spool, ignored: {others[0]}")
         return entries
@@ -5425,7 +5427,12 @@ def serve(options):
     spooler.publish()
     try:
         status.load()
+        entries = [mail.entry for mail in queue.mails.values()] if options.json else []
+        if entries and not any(b'"From":' in entry for entry in entries):
+            raise CorruptStatus("no entry is a mail's")
     except CorruptStatus as error:
+        if options.json:  # it may be a file of somebody else
+            raise
         status.set_aside(time.time(), error)
     turnstile.load()
     gc.freeze()  # what is there now stays: the collector need not look at it again

@@ -3925,6 +3925,24 @@ def test_a_status_file_that_cannot_be_one_is_refused(spool, tmp_path, name, reas
     assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode)
 
 
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (b"root:x:0:0:root:/root:/bin/bash\n", "Expecting value: line 1 column 1 (char 0)"),
+        (b'["a"]', "not a JSON object"),
+        (b'{"name": "shop", "scripts": {}}', "no entry is a mail's"),
+        (b'{"/etc/shop": {}}', "it names no mail of this spool, but /etc/shop"),
+    ],
+)
+def test_a_file_of_somebody_else_is_not_taken_for_the_status_file(spool, tmp_path, run, text, reason):
+    other = tmp_path / "other"
+    other.write_bytes(text)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", "-", "-json", other)
+    assert daemon.status_code == 1 and daemon.lines[-1] == f"corrupt status file {other}, {reason}"
+    assert other.read_bytes() == text and names(spool) == ["m1"] and names(tmp_path) == ["other", "spool"]
+
+
 def test_a_file_of_100_megabytes(spool, scripted, start):
     line = b"." + b"x" * 997 + b"\n"
     count = 100 * 2**20 // len(line)
