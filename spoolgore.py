@@ -2156,6 +2156,15 @@ class Spool:
             pid = lock_holder(handle, int_or_zero(word.strip()))
             return {"pid": str(pid), **dict(line.partition(": ")[::2] for line in lines)} if pid else None
 
+    def holder(self):
+        """The number of the user whose process has locked a lock of his own, if that is to be known (Linux)."""
+        path = self.path(".spoolgore.lock")
+        with contextlib.suppress(OSError):
+            user = os.lstat(path).st_uid
+            with open(open_state(path, owners={user}), "rb") as file:
+                if os.stat(f"/proc/{lock_holder(file, 0)}").st_uid == user:
+                    yield user
+
     def lock(self):
         """Make this process the only one that sends from here. Raises Locked, Untrusted, OSError."""
         path, previous = self.path(".spoolgore.lock"), self._lock
@@ -3967,10 +3976,10 @@ def report_on(names, lines, stream, now, in_json):
 
 
 def spool_of_others(options):
-    """The spool for someone who only asks: its owner's state files are trusted too. Raises OSError."""
+    """The spool for someone who only asks: its owner's and the daemon's are trusted too. Raises OSError."""
     spool = Spool(options.directory, options.json)
     if hasattr(os, "geteuid"):
-        spool.owners = {*ourselves(), os.stat(spool.directory).st_uid}
+        spool.owners = {*ourselves(), os.stat(spool.directory).st_uid, *spool.holder()}
     return spool
 
 

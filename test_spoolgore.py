@@ -9715,6 +9715,40 @@ def test_flush_asks_the_daemon_that_has_the_lock(spool, relay, start):
     assert done.returncode == 1 and done.stderr.endswith(f" no daemon runs on {spool}\n")
 
 
+LOCK_AND_EXEC = """
+import fcntl, os, sys
+handle = os.open(sys.argv[1], os.O_RDWR)
+fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+os.set_inheritable(handle, True)
+os.setuid(int(sys.argv[2]))
+os.execv("/bin/cat", ["cat"])
+"""
+
+
+def test_root_believes_the_daemon_of_a_spool_when_it_only_looks():
+    """As in a directory with mode 2770 whose owner is the application."""
+    demand(root=True)
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        os.chmod(parent, 0o755)
+        lock = Path(parent) / ".spoolgore.lock"
+        (Path(parent) / ".failed").mkdir(mode=0o700)
+        lock.write_bytes(b"")
+        for path in Path(parent).iterdir():
+            os.chown(path, TRUDY, -1)
+        os.chown(parent, MALLORY, -1)
+        refusal = f"it belongs to {TRUDY}: {lock}"
+        assert refusal in spoolgore_run("-status", parent).stderr
+        take = [sys.executable, "-c", LOCK_AND_EXEC, lock]
+        for user in (0, TRUDY):  # whoever else has locked it says nothing of TRUDY's files
+            with subprocess.Popen([*take, str(user)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as daemon:
+                daemon.stdin.write(b"\n")
+                daemon.stdin.flush()
+                daemon.stdout.readline()  # from cat: the user counts
+                done = spoolgore_run("-status", parent)
+                daemon.stdin.close()
+            assert (refusal in done.stderr, f"daemon: running, pid {daemon.pid}" in done.stdout) == (not user, user > 0)
+
+
 def as_user(uid, *command):
     """The finished process of a command of this user, who is in no group but his own."""
     return subprocess.run(
