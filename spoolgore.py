@@ -3948,7 +3948,8 @@ def report(options, stream, now):
     """
     spool, in_json = spool_of_others(options), options.format == "json"
     gc.disable()  # many small objects, none of them garbage
-    paths, facts = [*spool.mails(), *spool.list_failed()], spool.owner()
+    (failed, status), facts = failed_of(spool), spool.owner()
+    paths = [*spool.mails(), *failed]
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
     lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
     if options.names:
@@ -3957,7 +3958,15 @@ def report(options, stream, now):
     size = shutil.get_terminal_size() if stream.isatty() else ()
     text = [json.dumps(summary), *map(json_line, lines)] if in_json else text_report(lines, summary, now, *size)
     stream.write("\n".join(text) + "\n")
-    return EX_UNAVAILABLE if not facts else EX_ERROR if summary["attention"] else EX_OK
+    return EX_UNAVAILABLE if not facts else EX_ERROR if summary["attention"] else status
+
+
+def failed_of(spool):
+    """(paths of what was given up, the exit status): who planted a .failed hides nothing else."""
+    try:
+        return spool.list_failed(), EX_OK
+    except OSError as error:
+        return [], complain(describe(error))
 
 
 def report_on(names, lines, stream, now, in_json):
