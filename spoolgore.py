@@ -3770,6 +3770,7 @@ def line_of(path, envelope, since, running=True, whole=False):
     due = next_attempt_of(first) if left else math.inf
     recipient = f"{first['Address']} +{len(concerned) - 1}" if len(concerned) > 1 else first["Address"]
     error = str(envelope.get("Error") or "")  # an edit may have made anything of it
+    error = error or ("" if concerned or not everybody else "delivered, but the file is still there")
     kind = "unusable" if error else kind_of(left, concerned)
     sender = str(envelope.get("From") or "").rpartition("<")[2].partition(">")[0]
     entry = json.dumps(envelope) if whole else "null"
@@ -3779,7 +3780,7 @@ def line_of(path, envelope, since, running=True, whole=False):
 def kind_of(left, concerned):
     """left: the recipients that are not settled; concerned: the same, or those given up if none is left."""
     if not left:
-        return "given up" if concerned else "waiting"  # all are delivered, and only the file is still there
+        return "given up" if concerned else "unusable"  # all are delivered, and only the file is still there
     if 1 in [recipient["Status"] for recipient in left]:
         return "in flight"
     failures = [recipient for recipient in left if recipient["Attempts"] or recipient["Error"]]
@@ -4795,7 +4796,8 @@ class Delivery:
             if not self.links():  # it was renamed or removed a moment ago
                 return False
             reason = describe(error) if isinstance(error, Untrusted) else error.strerror
-            spooler.say("remove", f"unable to remove mails that are settled, {reason} (it is tried again)")
+            text = f"{self.path} is settled, unable to remove it, {reason} (it is tried again)"
+            spooler.say(f"remove {mail.path}", text)
             self.rest()
         return True
 

@@ -3416,7 +3416,7 @@ def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, log
         (envelope_to(addressee(error="relay away")), "deferred", NOW, "a@x.org", 0, "relay away"),
         (envelope_to(in_state("given up", attempts=9)), "given up", math.inf, "a@x.org", 9, "550 before"),
         (envelope_to(in_state("given up"), in_state("delivered")), "given up", math.inf, "a@x.org", 0, "550 before"),
-        (envelope_to(in_state("delivered")), "waiting", math.inf, "", 0, ""),
+        (envelope_to(in_state("delivered")), *("unusable", math.inf, "", 0, "delivered, but the file is still there")),
         (envelope_to(Error="has no recipients"), "unusable", math.inf, "", 0, "has no recipients"),
         (envelope_to(Error=["has no", 1]), "unusable", math.inf, "", 0, "['has no', 1]"),
         ({"To": 1}, "unusable", math.inf, "", 0, "malformed entry: To is not a list"),
@@ -5765,7 +5765,11 @@ def test_one_of_two_names_that_cannot_be_looked_at_keeps_both(spool, status, mon
     with failing(monkeypatch, "lstat", errno.EIO, "m2"):
         handle(spooler, "m1")
     assert names(spool) == ["m1", "m2"] and sent_by(spooler) == ["a@x.org"]
-    assert "unable to remove mails that are settled, Input/output error (it is tried again)" in logged()
+    assert [
+        line
+        for line in logged()
+        if line.endswith(" is settled, unable to remove it, Input/output error (it is tried again)")
+    ]
     handle(spooler, "m1")
     assert names(spool) == [] and sent_by(spooler) == ["a@x.org"]
 
@@ -9303,7 +9307,7 @@ def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotte
     relay.begun.wait_for(2)
     spool.chmod(0o500)
     relay.gate.set()
-    daemon.wait_for("unable to remove mails that are settled, Permission denied")
+    daemon.wait_for("m1 is settled, unable to remove it, Permission denied")
     daemon.wait_for("unable to write status file, Permission denied")
     flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)
     spool.chmod(0o700)
@@ -9536,7 +9540,7 @@ def test_a_failed_directory_that_somebody_planted_gets_no_mail(spool, victim, re
     put(spool, "m1", mail("a@example.org"))
     daemon = run("-once", "-smtpaddr", relay.address, "-attempts", 1)
     assert daemon.status_code == 75 and names(spool) == ["m1"]
-    wanted = f"unable to remove mails that are settled, {problem}: {spool}/.failed (it is tried again)"
+    wanted = f"{spool}/m1 is settled, unable to remove it, {problem}: {spool}/.failed (it is tried again)"
     assert said(daemon, "unable to remove") == [wanted]
     assert os.listdir(victim.parent / "elsewhere") == []
 
@@ -9898,6 +9902,7 @@ def test_status_of_every_kind_of_mail(spool):
             "deferred": entry(recipient(attempts=3, error="451 later"), recipient("b@x.org", 0)),
             "waiting": entry(recipient(after=-1)),
             "flying": entry(recipient(status=1)),
+            "stays": entry(recipient(status=2)),
             "partly": entry(recipient(status=2), recipient("c@x.org", 0, 1, "451 later", after=90)),
             "unusable": entry(Error="has no recipients"),
             ".failed/gone": entry(recipient("d@x.org", 2, 100, "550 no such user")),
@@ -9909,7 +9914,7 @@ def test_status_of_every_kind_of_mail(spool):
     assert done.returncode == 69
     text, table = done.stdout.split("\n\n")
     assert "daemon: not running" in text
-    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 1 unusable" in text
+    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 2 unusable" in text
     assert "error: 2 x 451 later" in text
     rows = {line.split()[0]: re.split(r"  +", line) for line in table.splitlines()[1:]}
     assert rows["deferred"][3:] == ["shop@example.org", "a@x.org +1", "3", "59m", "451 later"]
@@ -9917,6 +9922,7 @@ def test_status_of_every_kind_of_mail(spool):
     assert rows["gone"][1] == "given up" and rows["gone"][-1] == "550 no such user"
     assert [name for name in rows if name in ("waiting", "partly", "deferred")] == ["waiting", "partly", "deferred"]
     assert rows["flying"][1] == "waiting"  # no daemon runs
+    assert rows["stays"][1] == "unusable" and rows["stays"][-1] == "delivered, but the file is still there"
 
 
 def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
