@@ -3954,7 +3954,7 @@ def report(options, stream, now):
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
     lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
     if options.names:
-        return report_on(options.names, lines, stream, now, in_json)
+        return report_on(spool, options.names, lines, stream, now, in_json)
     summary = summary_of(lines, facts, now, options.older)
     size = shutil.get_terminal_size() if stream.isatty() else ()
     text = [json.dumps(summary), *map(json_line, lines)] if in_json else text_report(lines, summary, now, *size)
@@ -3970,7 +3970,7 @@ def failed_of(spool):
         return [], complain(describe(error))
 
 
-def report_on(names, lines, stream, now, in_json):
+def report_on(spool, names, lines, stream, now, in_json):
     """Print all about the mails of these names. Returns EX_ERROR if one of them is not there."""
     found = {}
     for line in lines:
@@ -3978,11 +3978,17 @@ def report_on(names, lines, stream, now, in_json):
     status = EX_OK
     for name in map(os.path.basename, names):
         if name not in found:
-            status = complain(f"{name} is not in the spool: it was sent, or removed, or never there")
+            status = complain(f"{name} {absence(spool.path(name))}")
         for line in found.get(name, ()):
             text = [json_line(line)] if in_json else map(one_line, all_about(line, now))
             stream.write("\n".join(text) + "\n")
     return status
+
+
+def absence(path):
+    if os.path.lexists(path):
+        return "is ignored: mails are regular files whose names do not begin with a dot"
+    return "is not in the spool: it was sent, or removed, or never there"
 
 
 def spool_of_others(options):

@@ -10068,6 +10068,10 @@ def test_status_of_some_mails(spool):
     done = spoolgore_run("-status", spool, "m1", "gone", "--", "-gone")
     assert done.returncode == 1 and done.stdout.startswith(f"{spool}/m1\n")
     assert "gone is not in the spool" in done.stderr and "-gone is not in the spool" in done.stderr
+    os.mkfifo(spool / "fifo")
+    (spool / "link").symlink_to("nowhere")
+    done = spoolgore_run("-status", spool, "fifo", "link")
+    assert done.returncode == 1 and "fifo is ignored: mails are" in done.stderr and "link is ignored: " in done.stderr
     done = spoolgore_run("-status", "-format", "json", spool, "m1")
     assert [r["Address"] for r in json.loads(done.stdout)["entry"]["To"]] == ["b@x.org", "c@x.org", "a@x.org"]
 
