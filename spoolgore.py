@@ -1518,7 +1518,8 @@ def read_status(path, owners=None):
 
     owners: as in distrust()."""
     try:
-        text = read_state(path, owners)
+        with naming_owner(path):
+            text = read_state(path, owners)
     except FileNotFoundError:
         return
     except Untrusted as error:
@@ -2040,7 +2041,10 @@ def naming_owner(path):
     """An OSError says whose file it is; of the directory, while there is no such file."""
     try:
         yield
-    except Untrusted:
+    except Untrusted as error:
+        user = os.stat(os.path.dirname(path)).st_uid
+        if user and user not in ourselves() and user == os.lstat(path).st_uid:
+            error.strerror += f", run this as {user_name(user)}"
         raise
     except OSError as error:
         shown = path if os.path.lexists(path) else os.path.dirname(path)

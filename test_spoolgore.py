@@ -9517,6 +9517,22 @@ def test_status_and_flush_fall_into_no_trap(spool, victim, name, plant, problem)
         assert problem in done.stderr and str(spool / name) in done.stderr
 
 
+def test_root_learns_as_whom_to_run_and_whoever_comes_after_root_whose_the_file_is(spool, monkeypatch):
+    demand(root=True)
+    lock, file = spool / ".spoolgore.lock", spool / ".spoolgore.js"
+    lock.touch(0o600)
+    for path in (spool, lock):
+        os.chown(path, MALLORY, -1)
+    done = spoolgore_run("-once", "-smtpaddr", "-", spool)
+    assert done.returncode == 1 and done.stderr[20:] == f"it belongs to {MALLORY}, run this as {MALLORY}: {lock}\n"
+    os.chown(spool, TRUDY, -1)  # MALLORY planted it
+    assert spoolgore_run("-once", "-smtpaddr", "-", spool).stderr[20:] == f"it belongs to {MALLORY}: {lock}\n"
+    file.write_text("{}")
+    with failing(monkeypatch, "open", errno.EACCES, file.name), pytest.raises(PermissionError) as caught:
+        list(spoolgore.read_status(str(file)))
+    assert spoolgore.describe(caught.value) == f"Permission denied (it belongs to root): {file}"
+
+
 def test_root_believes_the_owner_of_a_spool_when_it_only_looks(spool, monkeypatch):
     demand(root=True)
     put_status(spool, {"m1": entry(recipient(error="451 later"))})
