@@ -5496,8 +5496,7 @@ def main(argv):
             return check(options, os.environ, print)
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
-        again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away
-        print(f"{error}\n{usage()}{again}", file=sys.stderr)
+        print(f"{error}\nsee spoolgore.py -h", file=sys.stderr)  # the whole usage would scroll the error away
         return EX_USAGE
     except Locked as error:
         return complain(str(error))
@@ -5507,10 +5506,6 @@ def main(argv):
         return complain(describe(error))
     except MemoryError:
         return complain("no memory")
-
-
-def usage():
-    return "Usage:" + __doc__.partition("\n\nUsage:")[2].rstrip()
 
 
 if __name__ == "__main__":
