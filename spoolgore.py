@@ -3012,6 +3012,8 @@ class Security:
         self._wanted = [options.smtpauth] if options.smtpauth else ["cram-md5"] if by_cram else ["plain", "login"]
         kind = "smtpmd5password" if by_cram else "smtppassword"
         self._password, self._fallback = getattr(options, kind), environ.get(f"SPOOLGORE_{kind.upper()}", "")
+        if self.user and not (self._password or self._fallback or options.smtppasswordcommand):
+            log(f"-{kind}: no password was given, an empty one is tried")
         self._output = None  # of the password command
         self.secrets = Secrets()  # of the latest login: the next connection redacts them from the start
         if options.tlsca or options.tlscert:

@@ -901,6 +901,16 @@ def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
     assert getattr(options_of(f"-{flag}=s3cret", f"-{user}=me", "spool"), flag) == "s3cret"
 
 
+@pytest.mark.parametrize("user, flag", [("smtpuser", "smtppassword"), ("smtpmd5user", "smtpmd5password")])
+def test_a_user_without_a_password_is_said(logged, user, flag):
+    options, command = [f"-{user}=me", "spool"], ["-smtppasswordcommand", "true"]
+    for flags, environ in (([f"-{flag}=x"], {}), (command, {}), ([], {f"SPOOLGORE_{flag.upper()}": "x"})):
+        spoolgore.Security(options_of(*flags, *options), environ)
+    assert logged() == []
+    spoolgore.Security(options_of(*options), {})
+    assert logged() == [f"-{flag}: no password was given, an empty one is tried"]
+
+
 @pytest.mark.parametrize(
     "argv, status, words",
     [
