@@ -2069,6 +2069,12 @@ def int_or_zero(text):
     return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
+def facts_in(lock):
+    """The first line of a lock's octets, and the facts in the others as a dict."""
+    word, *lines = lock.decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+    return word, dict(line.partition(": ")[::2] for line in lines)
+
+
 class Spool:
     """See the head of this section."""
 
@@ -2078,6 +2084,7 @@ class Spool:
         self.status_path = self._here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self.owners = None  # whose state files are to be trusted, as in distrust()
         self._lock = self._home = self._lock_id = None
+        self.last_facts = {}
 
     def _here(self, path):
         """The path by the name that the spool was given, if it leads there by another."""
@@ -2156,9 +2163,9 @@ class Spool:
         except FileNotFoundError:
             return None
         with open(handle, "rb") as file:
-            word, *lines = file.read().decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+            word, facts = facts_in(file.read())
             pid = lock_holder(handle, int_or_zero(word.strip()))
-            return {"pid": str(pid), **dict(line.partition(": ")[::2] for line in lines)} if pid else None
+            return {"pid": str(pid), **facts} if pid else None
 
     def holder(self):
         """The number of the user whose process has locked a lock of his own, if that is to be known (Linux)."""
@@ -2182,6 +2189,8 @@ class Spool:
             os.close(previous)
         status = os.fstat(handle)
         self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
+        os.lseek(handle, 0, os.SEEK_SET)
+        self.last_facts = facts_in(os.read(handle, CHUNK))[1]  # of the daemon before us
         self.publish({})
 
     def _take(self, handle, path):
@@ -5219,6 +5228,11 @@ class Spooler:
             facts["next turn"] = format_time(self.turnstile.clock() + turn)
         return facts
 
+    def go_on_counting(self, before):
+        """before: the facts of the daemon that was here before."""
+        if before.get("today") == self.today:
+            self.sent_before = -int_or_zero(before.get("sent today"))
+
     def publish(self):
         """Let -status know the facts, if they have changed; then not for a while."""
         facts, before = self.facts(), self.published
@@ -5244,6 +5258,7 @@ class Spooler:
             self.take_edit(is_last=True)
             self.status.thaw()
         self.status.save()
+        self.publish()
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
@@ -5447,6 +5462,7 @@ def serve(options):
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
+    spooler.go_on_counting(spool.last_facts)
     if options.http:
         spooler.page.open(options.http, visitors)
     set_up_signals(spooler)

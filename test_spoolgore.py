@@ -10033,6 +10033,17 @@ def test_facts_are_written_when_they_change_and_not_more_often(spool, status, mo
     assert (written[-1]["sent"], written[-1]["sent today"]) == ("1", "0")
 
 
+@pytest.mark.parametrize("day, sent", [("", "9"), ("2020-01-01", "2")])
+def test_what_was_sent_today_is_counted_over_a_restart(spool, status, day, sent):
+    spooler = spooler_of(spool, status)
+    spooler.spool.publish({"sent today": "7", "today": day or spooler.today})
+    spooler.spool.lock()  # as the next daemon does
+    spooler.tally["sent"] = 2
+    spooler.go_on_counting(spooler.spool.last_facts)
+    facts = spooler.facts()
+    assert (facts["sent"], facts["sent today"]) == ("2", sent)
+
+
 def test_facts_are_written_anew_into_a_new_lock(spool, status):
     spooler = spooler_of(spool, status)
     spooler.tell()
