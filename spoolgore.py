@@ -1518,7 +1518,8 @@ def read_status(path, owners=None):
 
     owners: as in distrust()."""
     try:
-        text = read_state(path, owners)
+        with naming_owner(path):
+            text = read_state(path, owners)
     except FileNotFoundError:
         return
     except Untrusted as error:
@@ -1616,6 +1617,8 @@ class Status:
             if not envelope_problem(envelope):
                 interrupted(envelope, error)
             entries.append((path, pack(path, envelope)))
+        if others and not entries:
+            raise CorruptStatus(f"it names no mail of this spool, but {others[0]}")
         if others:
             log(f"{self.path} names {len(others)} files that are no mails of this spool, ignored: {others[0]}")
         return entries
@@ -2038,7 +2041,10 @@ def naming_owner(path):
     """An OSError says whose file it is; of the directory, while there is no such file."""
     try:
         yield
-    except Untrusted:
+    except Untrusted as error:
+        user = os.stat(os.path.dirname(path)).st_uid
+        if user and user not in ourselves() and user == os.lstat(path).st_uid:
+            error.strerror += f", run this as {user_name(user)}"
         raise
     except OSError as error:
         shown = path if os.path.lexists(path) else os.path.dirname(path)
@@ -2063,6 +2069,12 @@ def int_or_zero(text):
     return int(text) if re.fullmatch(r"[0-9]{1,18}", str(text or "")) else 0
 
 
+def facts_in(lock):
+    """The first line of a lock's octets, and the facts in the others as a dict."""
+    word, *lines = lock.decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+    return word, dict(line.partition(": ")[::2] for line in lines)
+
+
 class Spool:
     """See the head of this section."""
 
@@ -2072,6 +2084,7 @@ class Spool:
         self.status_path = self._here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self.owners = None  # whose state files are to be trusted, as in distrust()
         self._lock = self._home = self._lock_id = None
+        self.last_facts = {}
 
     def _here(self, path):
         """The path by the name that the spool was given, if it leads there by another."""
@@ -2150,9 +2163,18 @@ class Spool:
         except FileNotFoundError:
             return None
         with open(handle, "rb") as file:
-            word, *lines = file.read().decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+            word, facts = facts_in(file.read())
             pid = lock_holder(handle, int_or_zero(word.strip()))
-            return {"pid": str(pid), **dict(line.partition(": ")[::2] for line in lines)} if pid else None
+            return {"pid": str(pid), **facts} if pid else None
+
+    def holder(self):
+        """The number of the user whose process has locked a lock of his own, if that is to be known (Linux)."""
+        path = self.path(".spoolgore.lock")
+        with contextlib.suppress(OSError):
+            user = os.lstat(path).st_uid
+            with open(open_state(path, owners={user}), "rb") as file:
+                if os.stat(f"/proc/{lock_holder(file, 0)}").st_uid == user:
+                    yield user
 
     def lock(self):
         """Make this process the only one that sends from here. Raises Locked, Untrusted, OSError."""
@@ -2167,6 +2189,8 @@ class Spool:
             os.close(previous)
         status = os.fstat(handle)
         self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
+        os.lseek(handle, 0, os.SEEK_SET)
+        self.last_facts = facts_in(os.read(handle, CHUNK))[1]  # of the daemon before us
         self.publish({})
 
     def _take(self, handle, path):
@@ -2997,6 +3021,8 @@ class Security:
         self._wanted = [options.smtpauth] if options.smtpauth else ["cram-md5"] if by_cram else ["plain", "login"]
         kind = "smtpmd5password" if by_cram else "smtppassword"
         self._password, self._fallback = getattr(options, kind), environ.get(f"SPOOLGORE_{kind.upper()}", "")
+        if self.user and not (self._password or self._fallback or options.smtppasswordcommand):
+            log(f"-{kind}: no password was given, an empty one is tried")
         self._output = None  # of the password command
         self.secrets = Secrets()  # of the latest login: the next connection redacts them from the start
         if options.tlsca or options.tlscert:
@@ -3764,6 +3790,7 @@ def line_of(path, envelope, since, running=True, whole=False):
     due = next_attempt_of(first) if left else math.inf
     recipient = f"{first['Address']} +{len(concerned) - 1}" if len(concerned) > 1 else first["Address"]
     error = str(envelope.get("Error") or "")  # an edit may have made anything of it
+    error = error or ("" if concerned or not everybody else "delivered, but the file is still there")
     kind = "unusable" if error else kind_of(left, concerned)
     sender = str(envelope.get("From") or "").rpartition("<")[2].partition(">")[0]
     entry = json.dumps(envelope) if whole else "null"
@@ -3773,7 +3800,7 @@ def line_of(path, envelope, since, running=True, whole=False):
 def kind_of(left, concerned):
     """left: the recipients that are not settled; concerned: the same, or those given up if none is left."""
     if not left:
-        return "given up" if concerned else "waiting"  # all are delivered, and only the file is still there
+        return "given up" if concerned else "unusable"  # all are delivered, and only the file is still there
     if 1 in [recipient["Status"] for recipient in left]:
         return "in flight"
     failures = [recipient for recipient in left if recipient["Attempts"] or recipient["Error"]]
@@ -3942,19 +3969,28 @@ def report(options, stream, now):
     """
     spool, in_json = spool_of_others(options), options.format == "json"
     gc.disable()  # many small objects, none of them garbage
-    paths, facts = [*spool.mails(), *spool.list_failed()], spool.owner()
+    (failed, status), facts = failed_of(spool), spool.owner()
+    paths = [*spool.mails(), *failed]
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
     lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
     if options.names:
-        return report_on(options.names, lines, stream, now, in_json)
+        return report_on(spool, options.names, lines, stream, now, in_json)
     summary = summary_of(lines, facts, now, options.older)
     size = shutil.get_terminal_size() if stream.isatty() else ()
     text = [json.dumps(summary), *map(json_line, lines)] if in_json else text_report(lines, summary, now, *size)
     stream.write("\n".join(text) + "\n")
-    return EX_UNAVAILABLE if not facts else EX_ERROR if summary["attention"] else EX_OK
+    return EX_UNAVAILABLE if not facts else EX_ERROR if summary["attention"] else status
 
 
-def report_on(names, lines, stream, now, in_json):
+def failed_of(spool):
+    """(paths of what was given up, the exit status): who planted a .failed hides nothing else."""
+    try:
+        return spool.list_failed(), EX_OK
+    except OSError as error:
+        return [], complain(describe(error))
+
+
+def report_on(spool, names, lines, stream, now, in_json):
     """Print all about the mails of these names. Returns EX_ERROR if one of them is not there."""
     found = {}
     for line in lines:
@@ -3962,18 +3998,24 @@ def report_on(names, lines, stream, now, in_json):
     status = EX_OK
     for name in map(os.path.basename, names):
         if name not in found:
-            status = complain(f"{name} is not in the spool: it was sent, or removed, or never there")
+            status = complain(f"{name} {absence(spool.path(name))}")
         for line in found.get(name, ()):
             text = [json_line(line)] if in_json else map(one_line, all_about(line, now))
             stream.write("\n".join(text) + "\n")
     return status
 
 
+def absence(path):
+    if os.path.lexists(path):
+        return "is ignored: mails are regular files whose names do not begin with a dot"
+    return "is not in the spool: it was sent, or removed, or never there"
+
+
 def spool_of_others(options):
-    """The spool for someone who only asks: its owner's state files are trusted too. Raises OSError."""
+    """The spool for someone who only asks: its owner's and the daemon's are trusted too. Raises OSError."""
     spool = Spool(options.directory, options.json)
     if hasattr(os, "geteuid"):
-        spool.owners = {*ourselves(), os.stat(spool.directory).st_uid}
+        spool.owners = {*ourselves(), os.stat(spool.directory).st_uid, *spool.holder()}
     return spool
 
 
@@ -4780,7 +4822,8 @@ class Delivery:
             if not self.links():  # it was renamed or removed a moment ago
                 return False
             reason = describe(error) if isinstance(error, Untrusted) else error.strerror
-            spooler.say("remove", f"unable to remove mails that are settled, {reason} (it is tried again)")
+            text = f"{self.path} is settled, unable to remove it, {reason} (it is tried again)"
+            spooler.say(f"remove {mail.path}", text)
             self.rest()
         return True
 
@@ -5190,6 +5233,11 @@ class Spooler:
             facts["next turn"] = format_time(self.turnstile.clock() + turn)
         return facts
 
+    def go_on_counting(self, before):
+        """before: the facts of the daemon that was here before."""
+        if before.get("today") == self.today:
+            self.sent_before = -int_or_zero(before.get("sent today"))
+
     def publish(self):
         """Let -status know the facts, if they have changed; then not for a while."""
         facts, before = self.facts(), self.published
@@ -5212,10 +5260,10 @@ class Spooler:
         if not self.pool.join(timeout=STOP_SECONDS):
             self.pool.kill()
         if self.suspended:  # what was delivered meanwhile is not in the file yet
-            if not self.take_edit():
-                self.status.set_aside(self.clock(), "it cannot be read")
+            self.take_edit(is_last=True)
             self.status.thaw()
         self.status.save()
+        self.publish()
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
@@ -5264,20 +5312,22 @@ class Spooler:
         else:  # or the next write would take the edit away
             self.suspend(save=False)
 
-    def take_edit(self):
-        """Whether the status file could be read; a corrupt one is kept aside."""
+    def take_edit(self, is_last=False):
+        """Whether the status file could be read. is_last: it is written next, so a bad one is moved aside."""
         try:
             self.status.reload()
-        except CorruptStatus as error:
-            self.status.set_aside(self.clock(), error)
-        except OSError as error:
-            log(f"status not reloaded, {describe(error)}")
+        except (CorruptStatus, OSError) as error:
+            if is_last:
+                self.status.set_aside(self.clock(), describe(error))
+            else:
+                log(f"status not reloaded, {self.status.path}: {getattr(error, 'strerror', '') or error}")
             return False
-        else:
-            log("status reloaded")
+        log("status reloaded")
         return True
 
     def flush(self):
+        if self.suspended and not self.take_edit():
+            return  # as in reload()
         self.queue.flush()
         log(f"spool directory flushed ({self.queued()} messages in the queue)")
         self.resume()
@@ -5321,7 +5371,7 @@ class Spooler:
         for mail in [mail for mail in self.queue.mails.values() if mail.state != FLYING]:
             self.queue.drop(mail)
         self.queue.dropped.clear()
-        self.take_edit()
+        self.take_edit(is_last=True)
         self.queue.look_again(due_at)
         log(f"spool directory {self.spool.directory} was made again")
 
@@ -5417,6 +5467,7 @@ def serve(options):
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
     spool.lock()
+    spooler.go_on_counting(spool.last_facts)
     if options.http:
         spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
@@ -5429,7 +5480,12 @@ def serve(options):
     spooler.publish()
     try:
         status.load()
+        entries = [mail.entry for mail in queue.mails.values()] if options.json else []
+        if entries and not any(b'"From":' in entry for entry in entries):
+            raise CorruptStatus("no entry is a mail's")
     except CorruptStatus as error:
+        if options.json:  # it may be a file of somebody else
+            raise
         status.set_aside(time.time(), error)
     turnstile.load()
     gc.freeze()  # what is there now stays: the collector need not look at it again
@@ -5463,8 +5519,7 @@ def main(argv):
             return check(options, os.environ, print)
         return report(options, sys.stdout, time.time()) if options.status else serve(options)
     except UsageError as error:
-        again = f"\n\n{error}" if sys.stderr.isatty() else ""  # the first has scrolled away
-        print(f"{error}\n{usage()}{again}", file=sys.stderr)
+        print(f"{error}\nsee spoolgore.py -h", file=sys.stderr)  # the whole usage would scroll the error away
         return EX_USAGE
     except Locked as error:
         return complain(str(error))
@@ -5474,10 +5529,6 @@ def main(argv):
         return complain(describe(error))
     except MemoryError:
         return complain("no memory")
-
-
-def usage():
-    return "Usage:" + __doc__.partition("\n\nUsage:")[2].rstrip()
 
 
 if __name__ == "__main__":

@@ -901,6 +901,16 @@ def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
     assert getattr(options_of(f"-{flag}=s3cret", f"-{user}=me", "spool"), flag) == "s3cret"
 
 
+@pytest.mark.parametrize("user, flag", [("smtpuser", "smtppassword"), ("smtpmd5user", "smtpmd5password")])
+def test_a_user_without_a_password_is_said(logged, user, flag):
+    options, command = [f"-{user}=me", "spool"], ["-smtppasswordcommand", "true"]
+    for flags, environ in (([f"-{flag}=x"], {}), (command, {}), ([], {f"SPOOLGORE_{flag.upper()}": "x"})):
+        spoolgore.Security(options_of(*flags, *options), environ)
+    assert logged() == []
+    spoolgore.Security(options_of(*options), {})
+    assert logged() == [f"-{flag}: no password was given, an empty one is tried"]
+
+
 @pytest.mark.parametrize(
     "argv, status, words",
     [
@@ -930,24 +940,8 @@ def test_wrong_command_lines(spool, argv, status, words):
     if status == 1:  # a line of the log, with its time
         assert (first[20:], others) == (words, [])
     else:
-        assert first.startswith(words)
-        assert others[0] == "Usage:"
+        assert first.startswith(words) and others == ["see spoolgore.py -h"]
     assert names(spool) == [] and not (spool / ".spoolgore.lock").exists()
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
-def test_a_terminal_shows_the_error_last_too():
-    master, slave = os.openpty()
-    done = subprocess.Popen([sys.executable, str(SCRIPT), "-zzz"], stderr=slave)
-    os.close(slave)
-    text = b""
-    with contextlib.suppress(OSError):  # how a terminal ends
-        while more := os.read(master, 65536):
-            text += more
-    os.close(master)
-    lines = text.decode().splitlines()
-    assert done.wait(PATIENCE) == 2
-    assert lines[0] == lines[-1] == "flag provided but not defined: -zzz" and lines[1] == "Usage:"
 
 
 @pytest.mark.parametrize("words", [["-h"], ["--help"], ["-help", "spool"], ["--h"]])
@@ -3416,7 +3410,7 @@ def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, log
         (envelope_to(addressee(error="relay away")), "deferred", NOW, "a@x.org", 0, "relay away"),
         (envelope_to(in_state("given up", attempts=9)), "given up", math.inf, "a@x.org", 9, "550 before"),
         (envelope_to(in_state("given up"), in_state("delivered")), "given up", math.inf, "a@x.org", 0, "550 before"),
-        (envelope_to(in_state("delivered")), "waiting", math.inf, "", 0, ""),
+        (envelope_to(in_state("delivered")), *("unusable", math.inf, "", 0, "delivered, but the file is still there")),
         (envelope_to(Error="has no recipients"), "unusable", math.inf, "", 0, "has no recipients"),
         (envelope_to(Error=["has no", 1]), "unusable", math.inf, "", 0, "['has no', 1]"),
         ({"To": 1}, "unusable", math.inf, "", 0, "malformed entry: To is not a list"),
@@ -3923,6 +3917,24 @@ def test_a_status_file_that_cannot_be_one_is_refused(spool, tmp_path, name, reas
         f'invalid value "{tmp_path / name}" for flag -json: {reason}\n'
     )
     assert stat.S_ISFIFO(os.stat(tmp_path / "fifo").st_mode)
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (b"root:x:0:0:root:/root:/bin/bash\n", "Expecting value: line 1 column 1 (char 0)"),
+        (b'["a"]', "not a JSON object"),
+        (b'{"name": "shop", "scripts": {}}', "no entry is a mail's"),
+        (b'{"/etc/shop": {}}', "it names no mail of this spool, but /etc/shop"),
+    ],
+)
+def test_a_file_of_somebody_else_is_not_taken_for_the_status_file(spool, tmp_path, run, text, reason):
+    other = tmp_path / "other"
+    other.write_bytes(text)
+    put(spool, "m1", mail())
+    daemon = run("-once", "-smtpaddr", "-", "-json", other)
+    assert daemon.status_code == 1 and daemon.lines[-1] == f"corrupt status file {other}, {reason}"
+    assert other.read_bytes() == text and names(spool) == ["m1"] and names(tmp_path) == ["other", "spool"]
 
 
 def test_a_file_of_100_megabytes(spool, scripted, start):
@@ -5747,7 +5759,11 @@ def test_one_of_two_names_that_cannot_be_looked_at_keeps_both(spool, status, mon
     with failing(monkeypatch, "lstat", errno.EIO, "m2"):
         handle(spooler, "m1")
     assert names(spool) == ["m1", "m2"] and sent_by(spooler) == ["a@x.org"]
-    assert "unable to remove mails that are settled, Input/output error (it is tried again)" in logged()
+    assert [
+        line
+        for line in logged()
+        if line.endswith(" is settled, unable to remove it, Input/output error (it is tried again)")
+    ]
     handle(spooler, "m1")
     assert names(spool) == [] and sent_by(spooler) == ["a@x.org"]
 
@@ -5777,9 +5793,32 @@ def test_a_status_that_cannot_be_read_at_sighup_stays_as_it_is(spool, status, mo
     put_entry(status, str(spool / "m1"), {})
     status.save()
     assert spooler.suspended and Path(status.path).read_bytes() == b"{}"
-    assert "status not reloaded, Input/output error" in logged()[1:]
+    assert f"status not reloaded, {status.path}: Input/output error" in logged()[1:]
     spooler.reload()
     assert not spooler.suspended
+
+
+@pytest.mark.parametrize("way", ["reload", "flush"])
+def test_an_edit_with_a_typo_is_left_as_it_is_until_it_is_mended(spool, status, monkeypatch, logged, way):
+    spooler = spooler_of(spool, status)
+    status.path, me = str(spool / "status.js"), str(spool / "m1")
+    put_entry(status, me, entry(recipient(error="451 later")))
+    spooler.suspend()
+    edit = json.dumps({me: entry(recipient(status=2))}, indent=1).encode()
+    typo = edit.replace(b'",', b'"', 1)
+    for text, reason in [(typo, "Expecting ',' delimiter: line 4 column "), (b"[]", "not a JSON object")]:
+        write_status(status, text)
+        getattr(spooler, way)()
+        status.save()
+        assert spooler.suspended and Path(status.path).read_bytes() == text
+        assert [line for line in logged()[-2:] if line.startswith(f"status not reloaded, {status.path}: {reason}")]
+    write_status(status, edit)
+    getattr(spooler, way)()
+    assert not spooler.suspended and entry_of(status, me)["To"][0]["Status"] == 2
+    spooler.suspend()
+    write_status(status, typo)
+    spooler.stop()
+    assert [path.read_bytes() for path in spool.glob(".status.js.corrupt-*")] == [typo]
 
 
 def test_entries_are_forgotten_after_their_files_are(spool, status, monkeypatch):
@@ -6330,21 +6369,12 @@ def test_a_spool_is_taken_over_from_the_original_and_can_be_given_back(spool, re
     assert all(re.fullmatch(rfc3339, time) for time in [entry["Enqueued"], *(p["NextAttempt"] for p in people)])
 
 
-@pytest.mark.parametrize("is_running", [True, False])
-def test_a_corrupt_status_file_is_set_aside_and_said(spool, relay, start, is_running):
+def test_a_corrupt_status_file_is_set_aside_and_said(spool, relay, start):
     text = b'{"half": {"From": "a'
-    file = spool / ".spoolgore.js"
-    if not is_running:
-        file.write_bytes(text)
+    (spool / ".spoolgore.js").write_bytes(text)
     put(spool, "m1", mail())
     daemon = start("-smtpaddr", relay.address)
     relay.wait_for(1)
-    if is_running:
-        wait_until(lambda: not names(spool))
-        daemon.send("SIGTSTP")
-        daemon.wait_for("suspended")
-        file.write_bytes(text)
-        daemon.send("SIGHUP")
     line = daemon.wait_for("corrupt status file")[0]
     assert daemon.stop() == 0
     aside = [path for path in spool.iterdir() if ".corrupt-" in path.name]
@@ -9299,7 +9329,7 @@ def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotte
     relay.begun.wait_for(2)
     spool.chmod(0o500)
     relay.gate.set()
-    daemon.wait_for("unable to remove mails that are settled, Permission denied")
+    daemon.wait_for("m1 is settled, unable to remove it, Permission denied")
     daemon.wait_for("unable to write status file, Permission denied")
     flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)
     spool.chmod(0o700)
@@ -9375,7 +9405,7 @@ import os, sys
 from gevent import monkey
 monkey.patch_all()
 sys.path.insert(0, os.path.dirname(sys.argv[2]))
-import gevent, pprint, pwd, resource, spoolgore  # all that only root may be able to read
+import encodings.utf_8_sig, gevent, pprint, pwd, resource, spoolgore  # all that only root may be able to read
 gevent.get_hub().threadpool.apply(gevent.get_hub().resolver.gethostbyname, ("127.0.0.1",))
 os.setgroups([])
 os.setgid(int(sys.argv[1]))
@@ -9503,8 +9533,26 @@ def test_status_and_flush_fall_into_no_trap(spool, victim, name, plant, problem)
     commands = ["-status", "-flush"] if name == ".spoolgore.lock" else ["-status"]
     for command in commands:
         done = spoolgore_run(command, spool)
-        assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1)
+        is_there = name == ".failed"  # it takes nothing else away
+        assert (done.returncode, len(done.stderr.splitlines())) == (69 if is_there else 1, 1)
+        assert ("mails: 0 new" in done.stdout) == bool(done.stdout) == is_there
         assert problem in done.stderr and str(spool / name) in done.stderr
+
+
+def test_root_learns_as_whom_to_run_and_whoever_comes_after_root_whose_the_file_is(spool, monkeypatch):
+    demand(root=True)
+    lock, file = spool / ".spoolgore.lock", spool / ".spoolgore.js"
+    lock.touch(0o600)
+    for path in (spool, lock):
+        os.chown(path, MALLORY, -1)
+    done = spoolgore_run("-once", "-smtpaddr", "-", spool)
+    assert done.returncode == 1 and done.stderr[20:] == f"it belongs to {MALLORY}, run this as {MALLORY}: {lock}\n"
+    os.chown(spool, TRUDY, -1)  # MALLORY planted it
+    assert spoolgore_run("-once", "-smtpaddr", "-", spool).stderr[20:] == f"it belongs to {MALLORY}: {lock}\n"
+    file.write_text("{}")
+    with failing(monkeypatch, "open", errno.EACCES, file.name), pytest.raises(PermissionError) as caught:
+        list(spoolgore.read_status(str(file)))
+    assert spoolgore.describe(caught.value) == f"Permission denied (it belongs to root): {file}"
 
 
 def test_root_believes_the_owner_of_a_spool_when_it_only_looks(spool, monkeypatch):
@@ -9516,7 +9564,8 @@ def test_root_believes_the_owner_of_a_spool_when_it_only_looks(spool, monkeypatc
         os.chown(path, MALLORY, -1)
     assert "1 x 451 later" in spoolgore_run("-status", spool).stdout
     os.chown(spool / ".failed", TRUDY, -1)
-    assert f"it belongs to {TRUDY}: {spool}/.failed" in spoolgore_run("-status", spool).stderr
+    done = spoolgore_run("-status", spool)
+    assert f"it belongs to {TRUDY}: {spool}/.failed" in done.stderr and "1 x 451 later" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -9529,7 +9578,7 @@ def test_a_failed_directory_that_somebody_planted_gets_no_mail(spool, victim, re
     put(spool, "m1", mail("a@example.org"))
     daemon = run("-once", "-smtpaddr", relay.address, "-attempts", 1)
     assert daemon.status_code == 75 and names(spool) == ["m1"]
-    wanted = f"unable to remove mails that are settled, {problem}: {spool}/.failed (it is tried again)"
+    wanted = f"{spool}/m1 is settled, unable to remove it, {problem}: {spool}/.failed (it is tried again)"
     assert said(daemon, "unable to remove") == [wanted]
     assert os.listdir(victim.parent / "elsewhere") == []
 
@@ -9711,6 +9760,40 @@ def test_flush_asks_the_daemon_that_has_the_lock(spool, relay, start):
     assert done.returncode == 1 and done.stderr.endswith(f" no daemon runs on {spool}\n")
 
 
+LOCK_AND_EXEC = """
+import fcntl, os, sys
+handle = os.open(sys.argv[1], os.O_RDWR)
+fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+os.set_inheritable(handle, True)
+os.setuid(int(sys.argv[2]))
+os.execv("/bin/cat", ["cat"])
+"""
+
+
+def test_root_believes_the_daemon_of_a_spool_when_it_only_looks():
+    """As in a directory with mode 2770 whose owner is the application."""
+    demand(root=True)
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        os.chmod(parent, 0o755)
+        lock = Path(parent) / ".spoolgore.lock"
+        (Path(parent) / ".failed").mkdir(mode=0o700)
+        lock.write_bytes(b"")
+        for path in Path(parent).iterdir():
+            os.chown(path, TRUDY, -1)
+        os.chown(parent, MALLORY, -1)
+        refusal = f"it belongs to {TRUDY}: {lock}"
+        assert refusal in spoolgore_run("-status", parent).stderr
+        take = [sys.executable, "-c", LOCK_AND_EXEC, lock]
+        for user in (0, TRUDY):  # whoever else has locked it says nothing of TRUDY's files
+            with subprocess.Popen([*take, str(user)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as daemon:
+                daemon.stdin.write(b"\n")
+                daemon.stdin.flush()
+                daemon.stdout.readline()  # from cat: the user counts
+                done = spoolgore_run("-status", parent)
+                daemon.stdin.close()
+            assert (refusal in done.stderr, f"daemon: running, pid {daemon.pid}" in done.stdout) == (not user, user > 0)
+
+
 def as_user(uid, *command):
     """The finished process of a command of this user, who is in no group but his own."""
     return subprocess.run(
@@ -9857,6 +9940,7 @@ def test_status_of_every_kind_of_mail(spool):
             "deferred": entry(recipient(attempts=3, error="451 later"), recipient("b@x.org", 0)),
             "waiting": entry(recipient(after=-1)),
             "flying": entry(recipient(status=1)),
+            "stays": entry(recipient(status=2)),
             "partly": entry(recipient(status=2), recipient("c@x.org", 0, 1, "451 later", after=90)),
             "unusable": entry(Error="has no recipients"),
             ".failed/gone": entry(recipient("d@x.org", 2, 100, "550 no such user")),
@@ -9868,7 +9952,7 @@ def test_status_of_every_kind_of_mail(spool):
     assert done.returncode == 69
     text, table = done.stdout.split("\n\n")
     assert "daemon: not running" in text
-    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 1 unusable" in text
+    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 2 unusable" in text
     assert "error: 2 x 451 later" in text
     rows = {line.split()[0]: re.split(r"  +", line) for line in table.splitlines()[1:]}
     assert rows["deferred"][3:] == ["shop@example.org", "a@x.org +1", "3", "59m", "451 later"]
@@ -9876,6 +9960,7 @@ def test_status_of_every_kind_of_mail(spool):
     assert rows["gone"][1] == "given up" and rows["gone"][-1] == "550 no such user"
     assert [name for name in rows if name in ("waiting", "partly", "deferred")] == ["waiting", "partly", "deferred"]
     assert rows["flying"][1] == "waiting"  # no daemon runs
+    assert rows["stays"][1] == "unusable" and rows["stays"][-1] == "delivered, but the file is still there"
 
 
 def test_status_knows_the_daemon_and_disturbs_nobody(spool, start, scripted):
@@ -9976,6 +10061,17 @@ def test_facts_are_written_when_they_change_and_not_more_often(spool, status, mo
     assert (written[-1]["sent"], written[-1]["sent today"]) == ("1", "0")
 
 
+@pytest.mark.parametrize("day, sent", [("", "9"), ("2020-01-01", "2")])
+def test_what_was_sent_today_is_counted_over_a_restart(spool, status, day, sent):
+    spooler = spooler_of(spool, status)
+    spooler.spool.publish({"sent today": "7", "today": day or spooler.today})
+    spooler.spool.lock()  # as the next daemon does
+    spooler.tally["sent"] = 2
+    spooler.go_on_counting(spooler.spool.last_facts)
+    facts = spooler.facts()
+    assert (facts["sent"], facts["sent today"]) == ("2", sent)
+
+
 def test_facts_are_written_anew_into_a_new_lock(spool, status):
     spooler = spooler_of(spool, status)
     spooler.tell()
@@ -10021,6 +10117,10 @@ def test_status_of_some_mails(spool):
     done = spoolgore_run("-status", spool, "m1", "gone", "--", "-gone")
     assert done.returncode == 1 and done.stdout.startswith(f"{spool}/m1\n")
     assert "gone is not in the spool" in done.stderr and "-gone is not in the spool" in done.stderr
+    os.mkfifo(spool / "fifo")
+    (spool / "link").symlink_to("nowhere")
+    done = spoolgore_run("-status", spool, "fifo", "link")
+    assert done.returncode == 1 and "fifo is ignored: mails are" in done.stderr and "link is ignored: " in done.stderr
     done = spoolgore_run("-status", "-format", "json", spool, "m1")
     assert [r["Address"] for r in json.loads(done.stdout)["entry"]["To"]] == ["b@x.org", "c@x.org", "a@x.org"]
 
