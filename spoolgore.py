@@ -2320,7 +2320,7 @@ class Watch:
 #    extension is not used any more the next time. The second time is careful: no content before the relay's word.
 # 4. What went wrong with a relay is not used again with it until it was down, or an hour is over.
 
-ERROR_LIMIT = 1024  # octets of a relay's error that are kept
+ERROR_LIMIT = 1024  # octets of a relay's words that are kept
 REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
 EHLO_LINES, REPLY_LINES = 250, 100  # more lines than this are no reply
 SHUNNED_SECONDS = 3600  # an extension that went wrong with a relay is not used for so long
@@ -2448,7 +2448,7 @@ class Secrets:
             self.add(base64.b64encode(bytes(before) + octets_of(password))[start:].decode().rstrip("="))
 
     def redact(self, text):
-        """The beginning of a relay's error, with three asterisks in place of secrets."""
+        """The beginning of a relay's words, with three asterisks in place of secrets."""
         kept = text.encode("utf-8", "replace")[:ERROR_LIMIT]
         plain, shown = kept.lower(), bytearray(kept)
         for size, parts in self.parts.items():
@@ -2621,7 +2621,7 @@ class Connection:
         try:
             outcomes = Transaction(self, sender, addresses, message, carefully).run()
             for address, (verdict, text) in outcomes.items():
-                if verdict is not Verdict.DELIVERED:
+                if self.secrets.parts or verdict is not Verdict.DELIVERED or len(text) > ERROR_LIMIT:
                     outcomes[address] = Outcome(verdict, self.secrets.redact(text))
             return outcomes
         except BaseException:
@@ -2665,7 +2665,7 @@ def dial(address, timeout, security, witness=None):
             opening.starttls(security)
         if witness:
             witness(encryption(connection))
-            witness(opening.offered())
+            witness(connection.secrets.redact(opening.offered()))
         security.login(opening)
         connection.offers = opening.offers()
     except BaseException as error:
@@ -3466,7 +3466,7 @@ def check(options, environ, say):
                 connection.quit_politely()
         except (OSError, UnicodeError) as error:
             login = "login refused: " if isinstance(error, LoginRefused) else ""
-            witness(f"FAILED: {login}{describe(error)}")
+            witness(f"FAILED: {login}{security.secrets.redact(describe(error))}")
             status = EX_ERROR
     return status
 
@@ -3481,7 +3481,7 @@ def ask_for_leave(connection, address, witness):
         if not reply.ok:
             raise RelayRefused(f"{command}: {reply}")
         if command != "RSET":
-            witness(f"{command}: {reply}")
+            witness(f"{command}: {connection.secrets.redact(str(reply))}")
 
 
 class Printer(Relays):

@@ -7995,6 +7995,19 @@ def test_check_of_a_login_needs_no_directory_and_shows_no_secret(relay_with, cer
     assert f"{relay.address}: FAILED: login refused: 535 " in done.stdout
 
 
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "RSET"])
+@pytest.mark.parametrize("reply", [b"250 fine, %s\r\n", b"550 no %s\r\n", b"%s is no reply\r\n"])
+def test_check_redacts_all_that_a_relay_says_after_the_login(scripted, verb, reply):
+    relay, password = scripted(["AUTH PLAIN"]), b"s3cret-word"
+    repeated = password + b" " + base64.b64encode(b"\0app\0" + password)
+    relay.replies = {**dict.fromkeys(["AUTH", "MAIL", "RCPT"], b"235 2.7.0 fine\r\n"), verb: reply % repeated}
+    flags = ["-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", password.decode()]
+    status, lines = checked(*flags, "-checkto", "a@x.org")
+    text = "\n".join(lines)
+    assert status == (reply[:1] != b"2") and "s3cret" not in text and base64.b64encode(password)[:6].decode() not in text
+    assert ("***" in text) == ((verb, reply[:1]) != ("RSET", b"2"))  # which is not quoted
+
+
 @pytest.fixture
 def relay_with():
     """A function that starts aiosmtpd with some options; all are stopped in the end."""
@@ -8547,6 +8560,9 @@ def test_a_relay_that_repeats_secrets_after_the_login(scripted, logged, mechanis
         message = read_message(mail().encode())
         outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
         assert outcome.text.startswith(code.decode()) and hides(outcome.text)
+    relay.replies = {"content": lambda content: b"250 " + repeated()}
+    outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+    assert outcome.verdict is spoolgore.Verdict.DELIVERED and hides(outcome.text)
     relay.replies = {"DATA": lambda line: b"354 go\r\n250 " + repeated()}
     with contextlib.suppress(spoolgore.Repeat):
         outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
@@ -8578,6 +8594,14 @@ def test_what_is_kept_of_an_error(text, secret, wanted):
     secrets = spoolgore.Secrets()
     secrets.add_password(secret)
     assert secrets.redact(text) == wanted
+
+
+def test_what_is_kept_of_a_reply_to_a_mail_that_was_taken(scripted):
+    relay, message = scripted(), read_message(mail().encode())
+    for words in ("fine " * 9, "x" * 2000):
+        relay.replies = {"content": b"250 %s\r\n" % words.encode()}
+        (outcome,) = dial(relay.address).transact("app@x.org", ["a@x.org"], message).values()
+        assert outcome == (spoolgore.Verdict.DELIVERED, f"250 {words.strip()}"[:1024])
 
 
 @pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
