@@ -1578,7 +1578,7 @@ class Status:
         self._saved = gevent.event.Event()
         self._writing = gevent.lock.BoundedSemaphore()
         self._cost = 0.0
-        self._complaint = ""
+        self.complaint = ""  # why it cannot be written
 
     # -- reading
 
@@ -1652,7 +1652,7 @@ class Status:
         self.urgent.clear()
         try:
             off_the_hub(write_status, self.path, self._packed(), self.spool.directory if dropped else "")
-            self.written, self._complaint = epoch, ""
+            self.written, self.complaint = epoch, ""
         except Exception as error:  # noqa: BLE001 -- whatever it is, mails wait for this write
             queue.dropped |= dropped
             self.wanted.set()
@@ -1665,8 +1665,8 @@ class Status:
         return [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in entries]
 
     def _complain(self, reason):
-        if self._complaint != reason:
-            self._complaint = reason
+        if self.complaint != reason:
+            self.complaint = reason
             log(f"unable to write status file, {reason} (it is tried again)")
 
     def knows_all(self):
@@ -4064,9 +4064,14 @@ class FailCommand:
         if not self.command:
             return
         if len(self.line) >= FAIL_LINE:
-            return log(f"{mail.path} -failcommand is not run for it: {FAIL_LINE} mails wait for that already")
+            return log(f"{named(mail.path)} -failcommand is not run for it: {FAIL_LINE} mails wait for that already")
         self.line.append((mail, f"{json.dumps({'File': mail.path, **mail.envelope()})}\n".encode()))
         self.spooler.wake.set()
+
+    def has_work(self):
+        """Whether the command runs, or may run soon: not while the status file cannot be written."""
+        status = self.spooler.status
+        return bool(self.line) and not (status.complaint and self.line[0][0].news > status.written)
 
     def keep_running(self):
         """Run the command for each mail in the line; the loop starts this again whenever the line is not empty."""
@@ -4076,9 +4081,8 @@ class FailCommand:
                 gevent.sleep(QUIET_SECONDS)  # suspended, or the status cannot be written
             try:
                 self.run(entry)
-                self.spooler.said.pop("failcommand", None)
             except OSError as error:
-                self.spooler.say("failcommand", f"-failcommand: {describe(error)}")
+                log(f"{named(mail.path)} -failcommand: {describe(error)}")
             self.line.popleft()
 
     def run(self, entry):
@@ -4097,11 +4101,11 @@ class FailCommand:
 
     def stop(self, seconds):
         """The line has some seconds left; the rest of it is logged."""
-        if self.line:
+        if self.has_work():
             self.spooler.keep("failcommand", self.keep_running)
             self.spooler.keepers["failcommand"].join(seconds)
         for mail, _ in self.line:
-            log(f"{mail.path} -failcommand was not run for it to the end: the daemon stops")
+            log(f"{named(mail.path)} -failcommand was not run for it to the end: the daemon stops")
 
 
 # -------------------------------------------------------------------- page
@@ -5133,7 +5137,7 @@ class Spooler:
         if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
         near = self.queue.counts[IN_LINE] and self.turn() < NEAR_SECONDS
-        busy = self.queue.counts[FLYING] or self.fail_command.line
+        busy = self.queue.counts[FLYING] or self.fail_command.has_work()
         return not (busy or near or self.queue.next_due() < self.once_until)
 
     def turn(self):
@@ -5201,7 +5205,8 @@ class Spooler:
         )
 
     def stop(self):
-        """What is in flight may finish; then the status is saved."""
+        """What is in flight, and -failcommand, may finish; then the status is saved."""
+        deadline = time.monotonic() + STOP_SECONDS
         self.manager.tell("STOPPING=1\nSTATUS=stopping")
         self.relay.retire()
         if not self.pool.join(timeout=STOP_SECONDS):
@@ -5214,7 +5219,7 @@ class Spooler:
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
-        self.fail_command.stop(STOP_SECONDS)
+        self.fail_command.stop(max(0, deadline - time.monotonic()))
         self.page.close()
         gevent.killall(list(self.keepers.values()))
         log(f"stopped ({self.queued()} messages in the queue)")

@@ -5264,12 +5264,40 @@ def test_the_fail_command_gets_the_entry_when_all_is_on_the_disk_and_no_secrets(
         assert "x.org" not in environ
 
 
-def test_what_goes_wrong_with_the_fail_command_is_said_once(spool, scripted, run):
-    for number in range(3):
-        put(spool, f"m{number}", mail())
+def test_what_goes_wrong_with_the_fail_command_names_each_mail(spool, scripted, run):
+    for name in ("m0", "m 1"):
+        put(spool, name, mail())
     daemon = run("-once", "-fail5xx", "-smtpaddr", that_takes_nobody(scripted).address, "-failcommand", "exit 3")
-    assert daemon.status_code == 0 and given_up(spool) == ["m0", "m1", "m2"]
-    assert [line for line in daemon.lines if "-failcommand" in line] == ["-failcommand: it failed with exit status 3"]
+    assert daemon.status_code == 0 and given_up(spool) == ["m 1", "m0"]
+    error = "-failcommand: it failed with exit status 3"
+    lines = sorted(line for line in daemon.lines if "-failcommand" in line)
+    assert lines == [f'"{spool}/.failed/m 1" {error}', f"{spool}/.failed/m0 {error}"]
+
+
+def test_once_ends_though_the_status_cannot_say_for_whom_the_fail_command_is_run(spool, status, logged):
+    spooler = spooler_of(spool, status, "-once", "-failcommand", f"touch '{spool}/.was-run'")
+    aside = put_aside(spooler, 'a "b"')
+    aside.news = status.queue.epoch
+    spooler.fail_command.add(aside)
+    spooler.next_scan = NOW + 1
+    assert not spooler.finished()
+    with no_room():
+        status.save()
+        assert spooler.finished()
+        began = time.monotonic()
+        spooler.stop()
+    assert time.monotonic() - began < 9 and spooler.exit_status == 1 and not (spool / ".was-run").exists()
+    name = json.dumps(aside.path)
+    assert f"{name} -failcommand was not run for it to the end: the daemon stops" in logged()
+
+
+def test_what_is_in_flight_and_the_fail_command_share_the_time_at_the_end(spool, status, monkeypatch, logged):
+    monkeypatch.setattr(spoolgore, "STOP_SECONDS", 1)
+    spooler, given = spooler_of(spool, status, "-failcommand", "true"), []
+    spooler.pool.spawn(gevent.sleep, 600)
+    monkeypatch.setattr(spooler.fail_command, "stop", given.append)
+    spooler.stop()
+    assert given == [0]
 
 
 def put_aside(spooler, name, count=1):
@@ -5292,7 +5320,7 @@ def test_a_fail_command_that_takes_too_long_is_killed_with_all_that_it_started(
     commands.add(aside)
     commands.stop(PATIENCE)
     started = pids.read_text().split()
-    assert len(started) == 2 and logged() == ["-failcommand: it took longer than 1 s"]
+    assert len(started) == 2 and logged() == [f"{aside.path} -failcommand: it took longer than 1 s"]
     wait_until(lambda: not any(is_alive(int(pid)) for pid in started), "what it started is still there")
     pids.unlink()
     commands.command = f"sleep 600 & echo $! > '{pids}'"
@@ -8004,7 +8032,9 @@ def test_check_redacts_all_that_a_relay_says_after_the_login(scripted, verb, rep
     flags = ["-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", password.decode()]
     status, lines = checked(*flags, "-checkto", "a@x.org")
     text = "\n".join(lines)
-    assert status == (reply[:1] != b"2") and "s3cret" not in text and base64.b64encode(password)[:6].decode() not in text
+    assert (
+        status == (reply[:1] != b"2") and "s3cret" not in text and base64.b64encode(password)[:6].decode() not in text
+    )
     assert ("***" in text) == ((verb, reply[:1]) != ("RSET", b"2"))  # which is not quoted
 
 
