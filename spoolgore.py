@@ -4302,7 +4302,9 @@ def look_through(mails, now):
     first, errors, kinds, oldest = [], collections.Counter(), collections.Counter(), b"~"
     for start in range(0, len(mails), PAGE_SLICE):
         some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
-        first = heapq.nsmallest(PAGE_ROWS, first + some, key=lambda mail: (ORDER[mail.state], mail.due))
+        first = heapq.nsmallest(
+            PAGE_ROWS, [*filter(is_shown, first), *some], key=lambda mail: (ORDER[mail.state], mail.due)
+        )
         packed = [mail for mail in some if isinstance(mail.entry, bytes)]
         found = [PACKED_ERROR.search(mail.entry) for mail in packed]
         errors.update(grouped(collections.Counter(json.loads(match[1])[:300] for match in found if match)))
@@ -4310,7 +4312,7 @@ def look_through(mails, now):
         times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state not in (STUCK, ASIDE)]
         oldest = min([oldest, *(match[1] for match in times if match)])
         gevent.sleep(0)
-    lines = sorted(page_line(mail, now) for mail in first if is_shown(mail))
+    lines = sorted(filter(None, (page_line(mail, now) for mail in first)))
     unsendable = {kind: kinds[kind] for kind in ("unusable", "given up")}
     return lines, errors, unsendable, max(0.0, moment_of(oldest.decode()))
 
@@ -4323,8 +4325,10 @@ def is_shown(mail):
 
 
 def page_line(mail, now):
-    """A mail's Line; very many recipients are only counted. The other greenlets run between two of these."""
+    """A mail's Line, None if it left; very many recipients are only counted. The others run between two of these."""
     gevent.sleep(0)
+    if not is_shown(mail):
+        return None
     entry = mail.entry
     if entry is None:
         return line_without_entry(mail.path, modified(mail.path) or now, now)

@@ -10490,6 +10490,25 @@ def test_a_mail_of_very_many_recipients_is_not_unpacked(spool, status):
     assert "5000 recipients" in text and "600 recipients" in text
 
 
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_mail_may_leave_while_the_page_is_drawn(spool, status, monkeypatch, turn):
+    """At any of the switches: of the look through the queue, and of the table."""
+    ask, spooler = page_of(spool, status)
+    monkeypatch.setattr(spoolgore, "PAGE_SLICE", 1)
+    turns = itertools.count(1)
+    for name in ("m1", "m2"):
+        mail = spooler.queue.add(f"{spooler.spool.directory}/{name}")
+        mail.entry = spoolgore.pack(mail.path, envelope_to(*[addressee(name)] * 600))
+        spooler.queue.line_up(mail, spooler.queue.old)
+
+    def sleep(seconds):
+        if next(turns) == {1: 1, 2: 3}[turn]:
+            spooler.queue.drop(spooler.queue.mails[f"{spooler.spool.directory}/m1"])
+
+    monkeypatch.setattr(spoolgore.gevent, "sleep", sleep)
+    assert re.findall(r"data-name='FILE'>([^<]*)", ask("/")[2]) == ["m2"]
+
+
 def test_the_page_is_at_a_socket_for_its_owner_and_answers_once(spool, scripted, start, run, tmp_path):
     where = tmp_path / "page"
     with socket.socket(socket.AF_UNIX) as stale:
