@@ -4238,6 +4238,8 @@ class Page:
         spooler, began, mails = self.spooler, time.monotonic(), dict.fromkeys(KIND_OF.values(), 0)
         if began >= self._good_until:
             self._found = look_through(list(spooler.queue.mails.values()), spooler.clock())
+            unsendable = self._found[2]
+            unsendable["given up"] = max(unsendable["given up"], self.lying_failed())
             self._good_until = began + 21 * (time.monotonic() - began)
         lines, errors, unsendable, oldest = self._found
         for state, kind in KIND_OF.items():
@@ -4252,6 +4254,12 @@ class Page:
             "lines": lines,
         }
         return {**summary, "attention": [*attention(summary, spooler.options.older)]}
+
+    def lying_failed(self):
+        """How many files lie in .failed, whether anything is known of them or not; 0 if that is not to be known."""
+        with contextlib.suppress(OSError):
+            return len(off_the_hub(self.spooler.spool.list_failed))
+        return 0
 
     def health(self):
         text = "".join(f"{one_line(line)}\n" for line in self.summary()["attention"])
@@ -4299,22 +4307,34 @@ def look_through(mails, now):
     of the errors, how many mails are unusable and given up (the queue counts others with these), and when the oldest
     mail that waits was first seen, in seconds since 1970; 0 if none waits.
     """
-    first, errors, kinds, oldest = [], collections.Counter(), collections.Counter(), b"~"
+    first, errors, kinds, oldest, other = [], collections.Counter(), collections.Counter(), b"~", 0.0
     for start in range(0, len(mails), PAGE_SLICE):
         some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
-        first = heapq.nsmallest(
-            PAGE_ROWS, [*filter(is_shown, first), *some], key=lambda mail: (ORDER[mail.state], mail.due)
-        )
+        shown = [*filter(is_shown, first), *some]
+        first = heapq.nsmallest(PAGE_ROWS, shown, key=lambda mail: (ORDER[mail.state], mail.due))
         packed = [mail for mail in some if isinstance(mail.entry, bytes)]
         found = [PACKED_ERROR.search(mail.entry) for mail in packed]
         errors.update(grouped(collections.Counter(json.loads(match[1])[:300] for match in found if match)))
         kinds.update(KIND_OF[mail.state] for mail in some if mail.state in (STUCK, ASIDE))
-        times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state not in (STUCK, ASIDE)]
+        waiting = [mail for mail in some if mail.state not in (STUCK, ASIDE)]
+        times = [PACKED_ENQUEUED.search(mail.entry) for mail in waiting if isinstance(mail.entry, bytes)]
         oldest = min([oldest, *(match[1] for match in times if match)])
+        others = [mail for mail in waiting if not isinstance(mail.entry, bytes)]
+        moments = [other, *(enqueued(mail.entry) or written(mail.path) for mail in others)]
+        other = min(filter(None, moments), default=0.0)
         gevent.sleep(0)
     lines = sorted(filter(None, (page_line(mail, now) for mail in first)))
     unsendable = {kind: kinds[kind] for kind in ("unusable", "given up")}
-    return lines, errors, unsendable, max(0.0, moment_of(oldest.decode()))
+    oldest = min(filter(None, [other, max(0.0, moment_of(oldest.decode()))]), default=0.0)
+    return lines, errors, unsendable, oldest
+
+
+def written(path):
+    """modified() of a mail; 0 also if it is no regular file, or that is not to be known."""
+    with contextlib.suppress(OSError):
+        status = look(path)
+        return status.st_mtime if status and stat.S_ISREG(status.st_mode) else 0.0
+    return 0.0
 
 
 def is_shown(mail):

@@ -10490,6 +10490,28 @@ def test_a_mail_of_very_many_recipients_is_not_unpacked(spool, status):
     assert "5000 recipients" in text and "600 recipients" in text
 
 
+def test_health_is_by_the_rule_of_status(spool, status):
+    """What nobody has read yet waits since its file was written, as for -status; and all that lies in .failed counts."""
+    ask, spooler = page_of(spool, status, "-older", "10m")
+    (spool / "a directory").mkdir()
+    (spool / ".failed").mkdir(mode=0o700)
+    put(spool, "m1", mail())
+    for name in ("a directory", "m1", "is gone"):
+        spooler.queue.line_up(spooler.queue.add(f"{spooler.spool.directory}/{name}"), spooler.queue.fresh)
+    os.utime(spool / "a directory", (NOW - 9999, NOW - 9999))
+    os.utime(spool / "m1", (NOW - 600, NOW - 600))
+    assert ask("/health")[2] == "ok\n"
+    os.utime(spool / "m1", (NOW - 601, NOW - 601))
+    assert ask("/health")[2] == "a mail waits for 10m\n"
+    mail_in_flight = spooler.queue.mails[f"{spooler.spool.directory}/m1"]
+    spooler.queue.become(mail_in_flight, spoolgore.FLYING)
+    mail_in_flight.entry = envelope_to(addressee(), Enqueued=spoolgore.format_time(NOW - 7200))
+    put(spool / ".failed", "nobody knows it", mail())
+    assert ask("/health")[2] == "1 given up\na mail waits for 2h\n"
+    (spool / ".failed").chmod(0o777)  # what is in there is not to be known
+    assert ask("/health")[2] == "a mail waits for 2h\n"
+
+
 @pytest.mark.parametrize("turn", [1, 2])
 def test_a_mail_may_leave_while_the_page_is_drawn(spool, status, monkeypatch, turn):
     """At any of the switches: of the look through the queue, and of the table."""
