@@ -1579,6 +1579,7 @@ class Status:
         self._writing = gevent.lock.BoundedSemaphore()
         self._cost = 0.0
         self.complaint = ""  # why it cannot be written
+        self.on_news = lambda: None  # called when that changes
 
     # -- reading
 
@@ -1652,7 +1653,8 @@ class Status:
         self.urgent.clear()
         try:
             off_the_hub(write_status, self.path, self._packed(), self.spool.directory if dropped else "")
-            self.written, self.complaint = epoch, ""
+            self.written = epoch
+            self._complain("")
         except Exception as error:  # noqa: BLE001 -- whatever it is, mails wait for this write
             queue.dropped |= dropped
             self.wanted.set()
@@ -1667,7 +1669,9 @@ class Status:
     def _complain(self, reason):
         if self.complaint != reason:
             self.complaint = reason
-            log(f"unable to write status file, {reason} (it is tried again)")
+            if reason:
+                log(f"unable to write status file, {reason} (it is tried again)")
+            self.on_news()
 
     def knows_all(self):
         """Whether the latest write succeeded, and nothing has changed since."""
@@ -2150,7 +2154,9 @@ class Spool:
         except FileNotFoundError:
             return None
         with open(handle, "rb") as file:
-            word, *lines = file.read().decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+            text, end, _ = file.read().decode("utf-8", "replace").partition("\n\n")
+            word, *lines = text.split("\n")
+            lines += [] if end else ["trouble: the lock file cannot be written"]
             pid = lock_holder(handle, int_or_zero(word.strip()))
             return {"pid": str(pid), **dict(line.partition(": ")[::2] for line in lines)} if pid else None
 
@@ -3826,6 +3832,7 @@ def summary_of(lines, facts, now, older=math.inf):
         "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
         "sent": int_or_zero(facts.get("sent")),
         "next_turn": facts.get("next turn"),
+        "trouble": facts.get("trouble"),
         "mails": {kind: kinds[kind] for kind in KINDS},
         "oldest": oldest and {"path": oldest.path, "seconds": round(now - oldest.since)},
         "errors": dict(grouped(collections.Counter(line.error for line in lines if line.error)).most_common()),
@@ -3834,12 +3841,14 @@ def summary_of(lines, facts, now, older=math.inf):
 
 
 def attention(summary, older):
-    """Why somebody should look; nothing if all is well. Needs a summary's daemon, relays, mails and oldest."""
+    """Why somebody should look; nothing if all is well. Needs a summary's daemon, relays, trouble, mails and oldest."""
     if summary["daemon"] != "running":
         yield f"the daemon is {summary['daemon']}"
     for relay in summary["relays"]:
         if relay["state"] != "up":
             yield f"relay {relay['address']} is down"
+    if summary["trouble"]:
+        yield summary["trouble"]
     for kind in ("given up", "unusable"):
         if count := summary["mails"][kind]:
             yield f"{count} {kind}"
@@ -4248,6 +4257,7 @@ class Page:
             "daemon": "suspended" if spooler.suspended else "running",
             "relays": [*relays_of(spooler.facts())],
             "next_turn": spooler.turn(),
+            "trouble": spooler.trouble(),
             "mails": {**mails, **unsendable},
             "oldest": {"seconds": round(spooler.clock() - oldest)} if oldest else None,
             "errors": errors,
@@ -5062,6 +5072,7 @@ class Spooler:
         self.pool = gevent.pool.Pool(options.concurrency)
         self.most = min(RECIPIENTS_PER_TRANSACTION, turnstile.rate.most)
         self.wake = gevent.event.Event()
+        status.on_news = self.wake.set
         self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
         self.said = {}  # what was complained about -> the text
         self.keepers = {}  # name -> greenlet that does something for ever
@@ -5209,9 +5220,15 @@ class Spooler:
         facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
         facts.update((f"relay {relay.name}", relay.fact()) for relay in self.relay.relays)
         facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
+        if trouble := self.trouble():
+            facts["trouble"] = trouble
         if turn := self.turn():
             facts["next turn"] = format_time(self.turnstile.clock() + turn)
         return facts
+
+    def trouble(self):
+        """What keeps the status from being known; empty if nothing does."""
+        return self.status.complaint and f"the status file cannot be written: {self.status.complaint}"
 
     def publish(self):
         """Let -status know the facts, if they have changed; then not for a while."""

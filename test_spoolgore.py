@@ -9304,10 +9304,13 @@ def test_a_full_disk_is_said_once_stops_nobody_and_nothing_is_forgotten(small_sp
         flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)  # each tries to write
         assert daemon.status() == {}
         wait_until(lambda: not (small_spool / ".spoolgore.js.new").exists())  # its room is for mails
+        done = wait_until(lambda: (done := spoolgore_run("-status", small_spool)).returncode and done)
+        assert done.returncode == 1 and re.search("\nattention: the (status|lock) file cannot be written", done.stdout)
         make_room(daemon)
         daemon.wait_for_recipient("m1", addresses[0], Status=2)
         errors = len(said(daemon, "SMTP error"))
         daemon.wait_for_recipient("m1", "late@example.org", Status=0, Attempts=errors)
+    wait_until(lambda: spoolgore_run("-status", small_spool).returncode == 0)
     daemon.kill()
     assert len(said(daemon, "unable to")) == 1 and has_only_log_lines(daemon)
     relay.recorder.rcpt_replies.clear()
@@ -10488,6 +10491,19 @@ def test_a_mail_of_very_many_recipients_is_not_unpacked(spool, status):
         spooler.queue.line_up(mail, spooler.queue.old)
     text = ask("/")[2]
     assert "5000 recipients" in text and "600 recipients" in text
+
+
+def test_who_monitors_hears_that_the_status_cannot_be_written(spool, status):
+    ask, spooler = page_of(spool, status)
+    with no_room():
+        status.save()
+    reason = f"the status file cannot be written: {status.complaint}"
+    assert spooler.wake.is_set() and ask("/health") == (503, "text/plain; charset=utf-8", f"{reason}\n")
+    assert "File too large" in reason and f"<p class=bad>{reason}" in ask("/")[2]
+    assert spoolgore.summary_of([], {"pid": "1", **spooler.facts()}, NOW)["attention"] == [reason]
+    spooler.wake.clear()
+    status.save()
+    assert spooler.wake.is_set() and ask("/health")[0] == 200 and "trouble" not in spooler.facts()
 
 
 def test_health_is_by_the_rule_of_status(spool, status):
