@@ -466,6 +466,8 @@ def typed(found):
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
     parsed.update(older=parse_age(found["older"]), names=found["NAME"], http=parse_listener(found["http"]))
+    if len(modes := [name for name in ("check", "status", "flush") if found[name]]) > 1:
+        raise UsageError(f"-{modes[0]} and -{modes[1]} exclude each other")
     values = {**found, **switches, **numbers, **parsed}
     return Options(**{name: values[name] for name in Options._fields})
 
@@ -3062,7 +3064,7 @@ class Security:
         if reply.code != 235:
             enhanced = re.match(r"[245]\.\d{1,3}\.\d{1,3}\b", reply.text)  # RFC 3463
             text = f"{reply.code} {enhanced[0] + ' ' if enhanced else ''}in reply to AUTH {mechanism.upper()}"
-            raise LoginRefused(text) if reply.code >= 500 else RelayError(text)
+            raise LoginRefused(f"login refused: {text}") if reply.code >= 500 else RelayError(text)
         connection.is_mute = False
 
     def _mechanisms(self, opening):
@@ -3471,8 +3473,7 @@ def check(options, environ, say):
             finally:
                 connection.quit_politely()
         except (OSError, UnicodeError) as error:
-            login = "login refused: " if isinstance(error, LoginRefused) else ""
-            witness(f"FAILED: {login}{security.secrets.redact(describe(error))}")
+            witness(f"FAILED: {security.secrets.redact(describe(error))}")
             status = EX_ERROR
     return status
 

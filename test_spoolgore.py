@@ -754,6 +754,17 @@ def options_of(*argv):
     return spoolgore.parse_options(list(argv))
 
 
+@pytest.mark.parametrize(
+    "words, names",
+    [(["-check", "-flush"], "-check and -flush"), (["-flush", "-status"], "-status and -flush")]
+    + [(["-status=true", "--check", "-flush"], "-check and -status")],
+)
+@pytest.mark.parametrize("directory", [["spool"], []])
+def test_flags_that_exclude_each_other(words, names, directory):
+    with pytest.raises(spoolgore.UsageError, match=f"^{names} exclude each other$"):
+        options_of(*words, *directory)
+
+
 def test_check_needs_no_directory_but_a_relay():
     assert options_of("-check") == options_of("spool")._replace(directory="", check=True)
     for words, reason in {
@@ -6803,7 +6814,7 @@ def test_a_refused_login_is_tried_once_and_not_for_each_mail(spool, scripted, st
     for number in range(100):
         put(spool, f"m{number}", mail())
     daemon = start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", "old", "-concurrency", 20)
-    error = f"{relay.address}: 535 5.7.8 in reply to AUTH PLAIN"
+    error = f"{relay.address}: login refused: 535 5.7.8 in reply to AUTH PLAIN"
     daemon.wait_for(f"relay unavailable, {error}")
     wait_until(lambda: [e["To"][0]["Error"] for e in daemon.status().values()] == [error] * 100)
     assert len(relay.connections.items) == 1
@@ -8348,10 +8359,10 @@ def test_plain_that_is_offered_and_not_known(scripted, code):
     }
     environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret"}
     if code == 535:
-        with pytest.raises(spoolgore.LoginRefused, match="^535 5.5.4 in reply to AUTH PLAIN$"):
+        with pytest.raises(spoolgore.LoginRefused, match="^login refused: 535 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", environ=environ)
     else:
-        with pytest.raises(spoolgore.LoginRefused, match=f"^{code} 5.5.4 in reply to AUTH PLAIN$"):
+        with pytest.raises(spoolgore.LoginRefused, match=f"^login refused: {code} 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", "-smtpauth", "plain", environ=environ)
         answers = iter([b"%d 5.5.4 what?\r\n" % code, b"334 VXNlcm5hbWU6\r\n"])
         dial(relay.address, "-smtpuser", "app", environ=environ).close()
@@ -8526,7 +8537,9 @@ def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, len
 
     said, secret = [], "ya29.a-token_that-is-long-enough-to-be-cut-and-is-secret-all-the-same"
     relay = scripted([f"AUTH {mechanism.upper()}"], serve=serve)
-    with pytest.raises(spoolgore.LoginRefused, match=f"^535 5.7.8 in reply to AUTH {mechanism.upper()}$"):
+    with pytest.raises(
+        spoolgore.LoginRefused, match=f"^login refused: 535 5.7.8 in reply to AUTH {mechanism.upper()}$"
+    ):
         dial(relay.address, "-smtpuser", "app", "-smtpauth", mechanism, "-smtppassword", secret)
 
 
@@ -8535,7 +8548,7 @@ def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, len
     [
         (b"s3cret-word in no reply\r\n", "^not an SMTP reply: ...$"),
         (b"535-5.7.8 s3cret-word\r\n" * 300, "^a reply of more than 250 lines: ...$"),
-        (b"535 5.s3cret-word\r\n", "^535 in reply to AUTH PLAIN$"),
+        (b"535 5.s3cret-word\r\n", "^login refused: 535 in reply to AUTH PLAIN$"),
         (b"334 \r\n250 s3cret-word\r\n", "^the relay said more than it was asked for: ...$"),
         (b"421 4.3.2 s3cret-word\r\n", "^421 4.3.2 in reply to AUTH PLAIN$"),
     ],
@@ -8768,7 +8781,7 @@ def refusing(replies):
         (greeting(b"421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
         (greeting(b"554 5.7.1 go away\r\n"), "554 5.7.1 go away"),
         (refusing({"EHLO": b"451 4.3.0 busy\r\n", "HELO": b"451 4.3.0 busy\r\n"}), "451 4.3.0 busy"),
-        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 in reply to AUTH PLAIN"),
+        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), ": login refused: 535 5.7.8 in reply to AUTH PLAIN"),
         (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 in reply to AUTH PLAIN"),
     ],
 )
