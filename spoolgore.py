@@ -404,7 +404,7 @@ def parse_address(flag, text, default_port):
     if text == "-" and flag == "smtpaddr":
         raise bad_value(flag, text, '"-" stands alone')
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/,]*))(?::(\d{1,5}))?", text)
-    if not match or not text:
+    if not match or not text or text.isdigit():
         raise bad_value(flag, text, "not an address like host:port")
     port = int(match[3] or default_port)
     if not 0 < port < 65536:
