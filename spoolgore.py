@@ -404,7 +404,7 @@ def parse_address(flag, text, default_port):
     if text == "-" and flag == "smtpaddr":
         raise bad_value(flag, text, '"-" stands alone')
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]/,]*))(?::(\d{1,5}))?", text)
-    if not match or not text:
+    if not match or not text or text.isdigit():
         raise bad_value(flag, text, "not an address like host:port")
     port = int(match[3] or default_port)
     if not 0 < port < 65536:
@@ -466,6 +466,8 @@ def typed(found):
     relays = parse_addresses_of_relays(found["smtpaddr"], 465 if found["tls"] == "smtps" else 25)
     parsed = {"directory": found["DIRECTORY"], "smtpaddr": relays, "rate": parse_rate(found["rate"])}
     parsed.update(older=parse_age(found["older"]), names=found["NAME"], http=parse_listener(found["http"]))
+    if len(modes := [name for name in ("check", "status", "flush") if found[name]]) > 1:
+        raise UsageError(f"-{modes[0]} and -{modes[1]} exclude each other")
     values = {**found, **switches, **numbers, **parsed}
     return Options(**{name: values[name] for name in Options._fields})
 
@@ -1579,7 +1581,8 @@ class Status:
         self._saved = gevent.event.Event()
         self._writing = gevent.lock.BoundedSemaphore()
         self._cost = 0.0
-        self._complaint = ""
+        self.complaint = ""  # why it cannot be written
+        self.on_news = lambda: None  # called when that changes
 
     # -- reading
 
@@ -1655,7 +1658,8 @@ class Status:
         self.urgent.clear()
         try:
             off_the_hub(write_status, self.path, self._packed(), self.spool.directory if dropped else "")
-            self.written, self._complaint = epoch, ""
+            self.written = epoch
+            self._complain("")
         except Exception as error:  # noqa: BLE001 -- whatever it is, mails wait for this write
             queue.dropped |= dropped
             self.wanted.set()
@@ -1668,9 +1672,11 @@ class Status:
         return [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in entries]
 
     def _complain(self, reason):
-        if self._complaint != reason:
-            self._complaint = reason
-            log(f"unable to write status file, {reason} (it is tried again)")
+        if self.complaint != reason:
+            self.complaint = reason
+            if reason:
+                log(f"unable to write status file, {reason} (it is tried again)")
+            self.on_news()
 
     def knows_all(self):
         """Whether the latest write succeeded, and nothing has changed since."""
@@ -2071,7 +2077,9 @@ def int_or_zero(text):
 
 def facts_in(lock):
     """The first line of a lock's octets, and the facts in the others as a dict."""
-    word, *lines = lock.decode("utf-8", "replace").partition("\n\n")[0].split("\n")
+    text, end, _ = lock.decode("utf-8", "replace").partition("\n\n")
+    word, *lines = text.split("\n")
+    lines += [] if end else ["trouble: the lock file cannot be written"]
     return word, dict(line.partition(": ")[::2] for line in lines)
 
 
@@ -2344,7 +2352,7 @@ class Watch:
 #    extension is not used any more the next time. The second time is careful: no content before the relay's word.
 # 4. What went wrong with a relay is not used again with it until it was down, or an hour is over.
 
-ERROR_LIMIT = 1024  # octets of a relay's error that are kept
+ERROR_LIMIT = 1024  # octets of a relay's words that are kept
 REPLY_LIMIT = 64 * 1024  # octets of one reply, all its lines; and of what the password command prints
 EHLO_LINES, REPLY_LINES = 250, 100  # more lines than this are no reply
 SHUNNED_SECONDS = 3600  # an extension that went wrong with a relay is not used for so long
@@ -2472,7 +2480,7 @@ class Secrets:
             self.add(base64.b64encode(bytes(before) + octets_of(password))[start:].decode().rstrip("="))
 
     def redact(self, text):
-        """The beginning of a relay's error, with three asterisks in place of secrets."""
+        """The beginning of a relay's words, with three asterisks in place of secrets."""
         kept = text.encode("utf-8", "replace")[:ERROR_LIMIT]
         plain, shown = kept.lower(), bytearray(kept)
         for size, parts in self.parts.items():
@@ -2645,7 +2653,7 @@ class Connection:
         try:
             outcomes = Transaction(self, sender, addresses, message, carefully).run()
             for address, (verdict, text) in outcomes.items():
-                if verdict is not Verdict.DELIVERED:
+                if self.secrets.parts or verdict is not Verdict.DELIVERED or len(text) > ERROR_LIMIT:
                     outcomes[address] = Outcome(verdict, self.secrets.redact(text))
             return outcomes
         except BaseException:
@@ -2689,7 +2697,7 @@ def dial(address, timeout, security, witness=None):
             opening.starttls(security)
         if witness:
             witness(encryption(connection))
-            witness(opening.offered())
+            witness(connection.secrets.redact(opening.offered()))
         security.login(opening)
         connection.offers = opening.offers()
     except BaseException as error:
@@ -3085,7 +3093,7 @@ class Security:
             if reply.code < 500:
                 raise RelayError(text)
             self._output = None
-            raise LoginRefused(text)
+            raise LoginRefused(f"login refused: {text}")
         connection.is_mute = False
 
     def _mechanisms(self, opening):
@@ -3496,8 +3504,7 @@ def check(options, environ, say):
             finally:
                 connection.quit_politely()
         except (OSError, UnicodeError) as error:
-            login = "login refused: " if isinstance(error, LoginRefused) else ""
-            witness(f"FAILED: {login}{describe(error)}")
+            witness(f"FAILED: {security.secrets.redact(describe(error))}")
             status = EX_ERROR
     return status
 
@@ -3512,7 +3519,7 @@ def ask_for_leave(connection, address, witness):
         if not reply.ok:
             raise RelayRefused(f"{command}: {reply}")
         if command != "RSET":
-            witness(f"{command}: {reply}")
+            witness(f"{command}: {connection.secrets.redact(str(reply))}")
 
 
 class Printer(Relays):
@@ -3858,6 +3865,7 @@ def summary_of(lines, facts, now, older=math.inf):
         "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
         "sent": int_or_zero(facts.get("sent")),
         "next_turn": facts.get("next turn"),
+        "trouble": facts.get("trouble"),
         "mails": {kind: kinds[kind] for kind in KINDS},
         "oldest": oldest and {"path": oldest.path, "seconds": round(now - oldest.since)},
         "errors": dict(grouped(collections.Counter(line.error for line in lines if line.error)).most_common()),
@@ -3866,12 +3874,14 @@ def summary_of(lines, facts, now, older=math.inf):
 
 
 def attention(summary, older):
-    """Why somebody should look; nothing if all is well. Needs a summary's daemon, relays, mails and oldest."""
+    """Why somebody should look; nothing if all is well. Needs a summary's daemon, relays, trouble, mails and oldest."""
     if summary["daemon"] != "running":
         yield f"the daemon is {summary['daemon']}"
     for relay in summary["relays"]:
         if relay["state"] != "up":
             yield f"relay {relay['address']} is down"
+    if summary["trouble"]:
+        yield summary["trouble"]
     for kind in ("given up", "unusable"):
         if count := summary["mails"][kind]:
             yield f"{count} {kind}"
@@ -4111,9 +4121,14 @@ class FailCommand:
         if not self.command:
             return
         if len(self.line) >= FAIL_LINE:
-            return log(f"{mail.path} -failcommand is not run for it: {FAIL_LINE} mails wait for that already")
+            return log(f"{named(mail.path)} -failcommand is not run for it: {FAIL_LINE} mails wait for that already")
         self.line.append((mail, f"{json.dumps({'File': mail.path, **mail.envelope()})}\n".encode()))
         self.spooler.wake.set()
+
+    def has_work(self):
+        """Whether the command runs, or may run soon: not while the status file cannot be written."""
+        status = self.spooler.status
+        return bool(self.line) and not (status.complaint and self.line[0][0].news > status.written)
 
     def keep_running(self):
         """Run the command for each mail in the line; the loop starts this again whenever the line is not empty."""
@@ -4123,9 +4138,8 @@ class FailCommand:
                 gevent.sleep(QUIET_SECONDS)  # suspended, or the status cannot be written
             try:
                 self.run(entry)
-                self.spooler.said.pop("failcommand", None)
             except OSError as error:
-                self.spooler.say("failcommand", f"-failcommand: {describe(error)}")
+                log(f"{named(mail.path)} -failcommand: {describe(error)}")
             self.line.popleft()
 
     def run(self, entry):
@@ -4144,11 +4158,11 @@ class FailCommand:
 
     def stop(self, seconds):
         """The line has some seconds left; the rest of it is logged."""
-        if self.line:
+        if self.has_work():
             self.spooler.keep("failcommand", self.keep_running)
             self.spooler.keepers["failcommand"].join(seconds)
         for mail, _ in self.line:
-            log(f"{mail.path} -failcommand was not run for it to the end: the daemon stops")
+            log(f"{named(mail.path)} -failcommand was not run for it to the end: the daemon stops")
 
 
 # -------------------------------------------------------------------- page
@@ -4281,6 +4295,8 @@ class Page:
         spooler, began, mails = self.spooler, time.monotonic(), dict.fromkeys(KIND_OF.values(), 0)
         if began >= self._good_until:
             self._found = look_through(list(spooler.queue.mails.values()), spooler.clock())
+            unsendable = self._found[2]
+            unsendable["given up"] = max(unsendable["given up"], self.lying_failed())
             self._good_until = began + 21 * (time.monotonic() - began)
         lines, errors, unsendable, oldest = self._found
         for state, kind in KIND_OF.items():
@@ -4289,12 +4305,19 @@ class Page:
             "daemon": "suspended" if spooler.suspended else "running",
             "relays": [*relays_of(spooler.facts())],
             "next_turn": spooler.turn(),
+            "trouble": spooler.trouble(),
             "mails": {**mails, **unsendable},
             "oldest": {"seconds": round(spooler.clock() - oldest)} if oldest else None,
             "errors": errors,
             "lines": lines,
         }
         return {**summary, "attention": [*attention(summary, spooler.options.older)]}
+
+    def lying_failed(self):
+        """How many files lie in .failed, whether anything is known of them or not; 0 if that is not to be known."""
+        with contextlib.suppress(OSError):
+            return len(off_the_hub(self.spooler.spool.list_failed))
+        return 0
 
     def health(self):
         text = "".join(f"{one_line(line)}\n" for line in self.summary()["attention"])
@@ -4342,20 +4365,34 @@ def look_through(mails, now):
     of the errors, how many mails are unusable and given up (the queue counts others with these), and when the oldest
     mail that waits was first seen, in seconds since 1970; 0 if none waits.
     """
-    first, errors, kinds, oldest = [], collections.Counter(), collections.Counter(), b"~"
+    first, errors, kinds, oldest, other = [], collections.Counter(), collections.Counter(), b"~", 0.0
     for start in range(0, len(mails), PAGE_SLICE):
         some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
-        first = heapq.nsmallest(PAGE_ROWS, first + some, key=lambda mail: (ORDER[mail.state], mail.due))
+        shown = [*filter(is_shown, first), *some]
+        first = heapq.nsmallest(PAGE_ROWS, shown, key=lambda mail: (ORDER[mail.state], mail.due))
         packed = [mail for mail in some if isinstance(mail.entry, bytes)]
         found = [PACKED_ERROR.search(mail.entry) for mail in packed]
         errors.update(grouped(collections.Counter(json.loads(match[1])[:300] for match in found if match)))
         kinds.update(KIND_OF[mail.state] for mail in some if mail.state in (STUCK, ASIDE))
-        times = [PACKED_ENQUEUED.search(mail.entry) for mail in packed if mail.state not in (STUCK, ASIDE)]
+        waiting = [mail for mail in some if mail.state not in (STUCK, ASIDE)]
+        times = [PACKED_ENQUEUED.search(mail.entry) for mail in waiting if isinstance(mail.entry, bytes)]
         oldest = min([oldest, *(match[1] for match in times if match)])
+        others = [mail for mail in waiting if not isinstance(mail.entry, bytes)]
+        moments = [other, *(enqueued(mail.entry) or written(mail.path) for mail in others)]
+        other = min(filter(None, moments), default=0.0)
         gevent.sleep(0)
-    lines = sorted(page_line(mail, now) for mail in first if is_shown(mail))
+    lines = sorted(filter(None, (page_line(mail, now) for mail in first)))
     unsendable = {kind: kinds[kind] for kind in ("unusable", "given up")}
-    return lines, errors, unsendable, max(0.0, moment_of(oldest.decode()))
+    oldest = min(filter(None, [other, max(0.0, moment_of(oldest.decode()))]), default=0.0)
+    return lines, errors, unsendable, oldest
+
+
+def written(path):
+    """modified() of a mail; 0 also if it is no regular file, or that is not to be known."""
+    with contextlib.suppress(OSError):
+        status = look(path)
+        return status.st_mtime if status and stat.S_ISREG(status.st_mode) else 0.0
+    return 0.0
 
 
 def is_shown(mail):
@@ -4366,8 +4403,10 @@ def is_shown(mail):
 
 
 def page_line(mail, now):
-    """A mail's Line; very many recipients are only counted. The other greenlets run between two of these."""
+    """A mail's Line, None if it left; very many recipients are only counted. The others run between two of these."""
     gevent.sleep(0)
+    if not is_shown(mail):
+        return None
     entry = mail.entry
     if entry is None:
         return line_without_entry(mail.path, modified(mail.path) or now, now)
@@ -5082,6 +5121,7 @@ class Spooler:
         self.pool = gevent.pool.Pool(options.concurrency)
         self.most = min(RECIPIENTS_PER_TRANSACTION, turnstile.rate.most)
         self.wake = gevent.event.Event()
+        status.on_news = self.wake.set
         self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
         self.said = {}  # what was complained about -> the text
         self.keepers = {}  # name -> greenlet that does something for ever
@@ -5181,7 +5221,7 @@ class Spooler:
         if not self.options.once or not self.next_scan or self.suspended or self.wanted:
             return False
         near = self.queue.counts[IN_LINE] and self.turn() < NEAR_SECONDS
-        busy = self.queue.counts[FLYING] or self.fail_command.line
+        busy = self.queue.counts[FLYING] or self.fail_command.has_work()
         return not (busy or near or self.queue.next_due() < self.once_until)
 
     def turn(self):
@@ -5229,6 +5269,8 @@ class Spooler:
         facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
         facts.update((f"relay {relay.name}", relay.fact()) for relay in self.relay.relays)
         facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
+        if trouble := self.trouble():
+            facts["trouble"] = trouble
         if turn := self.turn():
             facts["next turn"] = format_time(self.turnstile.clock() + turn)
         return facts
@@ -5237,6 +5279,10 @@ class Spooler:
         """before: the facts of the daemon that was here before."""
         if before.get("today") == self.today:
             self.sent_before = -int_or_zero(before.get("sent today"))
+
+    def trouble(self):
+        """What keeps the status from being known; empty if nothing does."""
+        return self.status.complaint and f"the status file cannot be written: {self.status.complaint}"
 
     def publish(self):
         """Let -status know the facts, if they have changed; then not for a while."""
@@ -5254,7 +5300,8 @@ class Spooler:
         )
 
     def stop(self):
-        """What is in flight may finish; then the status is saved."""
+        """What is in flight, and -failcommand, may finish; then the status is saved."""
+        deadline = time.monotonic() + STOP_SECONDS
         self.manager.tell("STOPPING=1\nSTATUS=stopping")
         self.relay.retire()
         if not self.pool.join(timeout=STOP_SECONDS):
@@ -5267,7 +5314,7 @@ class Spooler:
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
-        self.fail_command.stop(STOP_SECONDS)
+        self.fail_command.stop(max(0, deadline - time.monotonic()))
         self.page.close()
         gevent.killall(list(self.keepers.values()))
         log(f"stopped ({self.queued()} messages in the queue)")

@@ -754,6 +754,17 @@ def options_of(*argv):
     return spoolgore.parse_options(list(argv))
 
 
+@pytest.mark.parametrize(
+    "words, names",
+    [(["-check", "-flush"], "-check and -flush"), (["-flush", "-status"], "-status and -flush")]
+    + [(["-status=true", "--check", "-flush"], "-check and -status")],
+)
+@pytest.mark.parametrize("directory", [["spool"], []])
+def test_flags_that_exclude_each_other(words, names, directory):
+    with pytest.raises(spoolgore.UsageError, match=f"^{names} exclude each other$"):
+        options_of(*words, *directory)
+
+
 def test_check_needs_no_directory_but_a_relay():
     assert options_of("-check") == options_of("spool")._replace(directory="", check=True)
     for words, reason in {
@@ -876,9 +887,9 @@ BAD_VALUES = {
     "rate": ["0/s", "-1/s", "5", "5/w", "5/s,", ",5/s", "5/s,,6/m", "5 / s", "1.5/s", "/s", "s", "١/s", "5/S"],
     "smtpaddr": [
         *["", ",", "a:1,", "a:0", "a:65536", "a:x", "a:", "a:1:2", "::1", "[::1", "[::1]x", "a b:25", "[a b]:1", "x/y"],
-        *["a..b:25", ".a", "x" * 64 + ".org", "-,a:25", "a:25, -"],
+        *["a..b:25", ".a", "x" * 64 + ".org", "-,a:25", "a:25, -", "2525"],
     ],
-    "http": ["unix:", "::1", "1:0", "a b", "a:1,b:2", "http://a:1", "1:99999"],
+    "http": ["unix:", "::1", "1:0", "a b", "a:1,b:2", "http://a:1", "1:99999", "8025"],
     "checkto": ["root", "a@x.org"],  # the last one without -check
 }
 
@@ -5276,12 +5287,40 @@ def test_the_fail_command_gets_the_entry_when_all_is_on_the_disk_and_no_secrets(
         assert "x.org" not in environ
 
 
-def test_what_goes_wrong_with_the_fail_command_is_said_once(spool, scripted, run):
-    for number in range(3):
-        put(spool, f"m{number}", mail())
+def test_what_goes_wrong_with_the_fail_command_names_each_mail(spool, scripted, run):
+    for name in ("m0", "m 1"):
+        put(spool, name, mail())
     daemon = run("-once", "-fail5xx", "-smtpaddr", that_takes_nobody(scripted).address, "-failcommand", "exit 3")
-    assert daemon.status_code == 0 and given_up(spool) == ["m0", "m1", "m2"]
-    assert [line for line in daemon.lines if "-failcommand" in line] == ["-failcommand: it failed with exit status 3"]
+    assert daemon.status_code == 0 and given_up(spool) == ["m 1", "m0"]
+    error = "-failcommand: it failed with exit status 3"
+    lines = sorted(line for line in daemon.lines if "-failcommand" in line)
+    assert lines == [f'"{spool}/.failed/m 1" {error}', f"{spool}/.failed/m0 {error}"]
+
+
+def test_once_ends_though_the_status_cannot_say_for_whom_the_fail_command_is_run(spool, status, logged):
+    spooler = spooler_of(spool, status, "-once", "-failcommand", f"touch '{spool}/.was-run'")
+    aside = put_aside(spooler, 'a "b"')
+    aside.news = status.queue.epoch
+    spooler.fail_command.add(aside)
+    spooler.next_scan = NOW + 1
+    assert not spooler.finished()
+    with no_room():
+        status.save()
+        assert spooler.finished()
+        began = time.monotonic()
+        spooler.stop()
+    assert time.monotonic() - began < 9 and spooler.exit_status == 1 and not (spool / ".was-run").exists()
+    name = json.dumps(aside.path)
+    assert f"{name} -failcommand was not run for it to the end: the daemon stops" in logged()
+
+
+def test_what_is_in_flight_and_the_fail_command_share_the_time_at_the_end(spool, status, monkeypatch, logged):
+    monkeypatch.setattr(spoolgore, "STOP_SECONDS", 1)
+    spooler, given = spooler_of(spool, status, "-failcommand", "true"), []
+    spooler.pool.spawn(gevent.sleep, 600)
+    monkeypatch.setattr(spooler.fail_command, "stop", given.append)
+    spooler.stop()
+    assert given == [0]
 
 
 def put_aside(spooler, name, count=1):
@@ -5304,7 +5343,7 @@ def test_a_fail_command_that_takes_too_long_is_killed_with_all_that_it_started(
     commands.add(aside)
     commands.stop(PATIENCE)
     started = pids.read_text().split()
-    assert len(started) == 2 and logged() == ["-failcommand: it took longer than 1 s"]
+    assert len(started) == 2 and logged() == [f"{aside.path} -failcommand: it took longer than 1 s"]
     wait_until(lambda: not any(is_alive(int(pid)) for pid in started), "what it started is still there")
     pids.unlink()
     commands.command = f"sleep 600 & echo $! > '{pids}'"
@@ -6805,7 +6844,7 @@ def test_a_refused_login_is_tried_once_and_not_for_each_mail(spool, scripted, st
     for number in range(100):
         put(spool, f"m{number}", mail())
     daemon = start("-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", "old", "-concurrency", 20)
-    error = f"{relay.address}: 535 5.7.8 in reply to AUTH PLAIN"
+    error = f"{relay.address}: login refused: 535 5.7.8 in reply to AUTH PLAIN"
     daemon.wait_for(f"relay unavailable, {error}")
     wait_until(lambda: [e["To"][0]["Error"] for e in daemon.status().values()] == [error] * 100)
     assert len(relay.connections.items) == 1
@@ -8025,6 +8064,21 @@ def test_check_of_a_login_needs_no_directory_and_shows_no_secret(relay_with, cer
     assert f"{relay.address}: FAILED: login refused: 535 " in done.stdout
 
 
+@pytest.mark.parametrize("verb", ["MAIL", "RCPT", "RSET"])
+@pytest.mark.parametrize("reply", [b"250 fine, %s\r\n", b"550 no %s\r\n", b"%s is no reply\r\n"])
+def test_check_redacts_all_that_a_relay_says_after_the_login(scripted, verb, reply):
+    relay, password = scripted(["AUTH PLAIN"]), b"s3cret-word"
+    repeated = password + b" " + base64.b64encode(b"\0app\0" + password)
+    relay.replies = {**dict.fromkeys(["AUTH", "MAIL", "RCPT"], b"235 2.7.0 fine\r\n"), verb: reply % repeated}
+    flags = ["-smtpaddr", relay.address, "-smtpuser", "app", "-smtppassword", password.decode()]
+    status, lines = checked(*flags, "-checkto", "a@x.org")
+    text = "\n".join(lines)
+    assert (
+        status == (reply[:1] != b"2") and "s3cret" not in text and base64.b64encode(password)[:6].decode() not in text
+    )
+    assert ("***" in text) == ((verb, reply[:1]) != ("RSET", b"2"))  # which is not quoted
+
+
 @pytest.fixture
 def relay_with():
     """A function that starts aiosmtpd with some options; all are stopped in the end."""
@@ -8335,10 +8389,10 @@ def test_plain_that_is_offered_and_not_known(scripted, code):
     }
     environ = {"SPOOLGORE_SMTPPASSWORD": "s3cret"}
     if code == 535:
-        with pytest.raises(spoolgore.LoginRefused, match="^535 5.5.4 in reply to AUTH PLAIN$"):
+        with pytest.raises(spoolgore.LoginRefused, match="^login refused: 535 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", environ=environ)
     else:
-        with pytest.raises(spoolgore.LoginRefused, match=f"^{code} 5.5.4 in reply to AUTH PLAIN$"):
+        with pytest.raises(spoolgore.LoginRefused, match=f"^login refused: {code} 5.5.4 in reply to AUTH PLAIN$"):
             dial(relay.address, "-smtpuser", "app", "-smtpauth", "plain", environ=environ)
         answers = iter([b"%d 5.5.4 what?\r\n" % code, b"334 VXNlcm5hbWU6\r\n"])
         dial(relay.address, "-smtpuser", "app", environ=environ).close()
@@ -8531,7 +8585,9 @@ def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, len
 
     said, secret = [], "ya29.a-token_that-is-long-enough-to-be-cut-and-is-secret-all-the-same"
     relay = scripted([f"AUTH {mechanism.upper()}"], serve=serve)
-    with pytest.raises(spoolgore.LoginRefused, match=f"^535 5.7.8 in reply to AUTH {mechanism.upper()}$"):
+    with pytest.raises(
+        spoolgore.LoginRefused, match=f"^login refused: 535 5.7.8 in reply to AUTH {mechanism.upper()}$"
+    ):
         dial(relay.address, "-smtpuser", "app", "-smtpauth", mechanism, "-smtppassword", secret)
 
 
@@ -8540,7 +8596,7 @@ def test_secrets_that_a_relay_repeats_are_not_passed_on(scripted, mechanism, len
     [
         (b"s3cret-word in no reply\r\n", "^not an SMTP reply: ...$"),
         (b"535-5.7.8 s3cret-word\r\n" * 300, "^a reply of more than 250 lines: ...$"),
-        (b"535 5.s3cret-word\r\n", "^535 in reply to AUTH PLAIN$"),
+        (b"535 5.s3cret-word\r\n", "^login refused: 535 in reply to AUTH PLAIN$"),
         (b"334 \r\n250 s3cret-word\r\n", "^the relay said more than it was asked for: ...$"),
         (b"421 4.3.2 s3cret-word\r\n", "^421 4.3.2 in reply to AUTH PLAIN$"),
     ],
@@ -8595,6 +8651,9 @@ def test_a_relay_that_repeats_secrets_after_the_login(scripted, logged, mechanis
         message = read_message(mail().encode())
         outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
         assert outcome.text.startswith(code.decode()) and hides(outcome.text)
+    relay.replies = {"content": lambda content: b"250 " + repeated()}
+    outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
+    assert outcome.verdict is spoolgore.Verdict.DELIVERED and hides(outcome.text)
     relay.replies = {"DATA": lambda line: b"354 go\r\n250 " + repeated()}
     with contextlib.suppress(spoolgore.Repeat):
         outcome = connection.transact("app@example.org", ["alice@example.org"], message)["alice@example.org"]
@@ -8626,6 +8685,14 @@ def test_what_is_kept_of_an_error(text, secret, wanted):
     secrets = spoolgore.Secrets()
     secrets.add_password(secret)
     assert secrets.redact(text) == wanted
+
+
+def test_what_is_kept_of_a_reply_to_a_mail_that_was_taken(scripted):
+    relay, message = scripted(), read_message(mail().encode())
+    for words in ("fine " * 9, "x" * 2000):
+        relay.replies = {"content": b"250 %s\r\n" % words.encode()}
+        (outcome,) = dial(relay.address).transact("app@x.org", ["a@x.org"], message).values()
+        assert outcome == (spoolgore.Verdict.DELIVERED, f"250 {words.strip()}"[:1024])
 
 
 @pytest.mark.parametrize("verb", ["", "EHLO", "STAR", "AUTH"])
@@ -8762,7 +8829,7 @@ def refusing(replies):
         (greeting(b"421 4.3.2 closing\r\n"), "421 4.3.2 closing"),
         (greeting(b"554 5.7.1 go away\r\n"), "554 5.7.1 go away"),
         (refusing({"EHLO": b"451 4.3.0 busy\r\n", "HELO": b"451 4.3.0 busy\r\n"}), "451 4.3.0 busy"),
-        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), "535 5.7.8 in reply to AUTH PLAIN"),
+        (refusing({"AUTH": b"535 5.7.8 who?\r\n"}), ": login refused: 535 5.7.8 in reply to AUTH PLAIN"),
         (refusing({"AUTH": b"454 4.7.0 later\r\n"}), "454 4.7.0 in reply to AUTH PLAIN"),
     ],
 )
@@ -9308,10 +9375,13 @@ def test_a_full_disk_is_said_once_stops_nobody_and_nothing_is_forgotten(small_sp
         flush_until(daemon, lambda: len(said(daemon, "SMTP error")) >= 4)  # each tries to write
         assert daemon.status() == {}
         wait_until(lambda: not (small_spool / ".spoolgore.js.new").exists())  # its room is for mails
+        done = wait_until(lambda: (done := spoolgore_run("-status", small_spool)).returncode and done)
+        assert done.returncode == 1 and re.search("\nattention: the (status|lock) file cannot be written", done.stdout)
         make_room(daemon)
         daemon.wait_for_recipient("m1", addresses[0], Status=2)
         late = lambda: daemon.recipients("m1")["late@example.org"]["Attempts"]  # noqa: E731
         wait_until(lambda: late() == len(said(daemon, "SMTP error")), "every attempt is written down")
+    wait_until(lambda: spoolgore_run("-status", small_spool).returncode == 0)
     daemon.kill()
     assert len(said(daemon, "unable to")) == 1 and has_only_log_lines(daemon)
     relay.recorder.rcpt_replies.clear()
@@ -10562,6 +10632,60 @@ def test_a_mail_of_very_many_recipients_is_not_unpacked(spool, status):
         spooler.queue.line_up(mail, spooler.queue.old)
     text = ask("/")[2]
     assert "5000 recipients" in text and "600 recipients" in text
+
+
+def test_who_monitors_hears_that_the_status_cannot_be_written(spool, status):
+    ask, spooler = page_of(spool, status)
+    with no_room():
+        status.save()
+    reason = f"the status file cannot be written: {status.complaint}"
+    assert spooler.wake.is_set() and ask("/health") == (503, "text/plain; charset=utf-8", f"{reason}\n")
+    assert "File too large" in reason and f"<p class=bad>{reason}" in ask("/")[2]
+    assert spoolgore.summary_of([], {"pid": "1", **spooler.facts()}, NOW)["attention"] == [reason]
+    spooler.wake.clear()
+    status.save()
+    assert spooler.wake.is_set() and ask("/health")[0] == 200 and "trouble" not in spooler.facts()
+
+
+def test_health_is_by_the_rule_of_status(spool, status):
+    """What nobody has read yet waits since its file was written, as for -status; and all that lies in .failed counts."""
+    ask, spooler = page_of(spool, status, "-older", "10m")
+    (spool / "a directory").mkdir()
+    (spool / ".failed").mkdir(mode=0o700)
+    put(spool, "m1", mail())
+    for name in ("a directory", "m1", "is gone"):
+        spooler.queue.line_up(spooler.queue.add(f"{spooler.spool.directory}/{name}"), spooler.queue.fresh)
+    os.utime(spool / "a directory", (NOW - 9999, NOW - 9999))
+    os.utime(spool / "m1", (NOW - 600, NOW - 600))
+    assert ask("/health")[2] == "ok\n"
+    os.utime(spool / "m1", (NOW - 601, NOW - 601))
+    assert ask("/health")[2] == "a mail waits for 10m\n"
+    mail_in_flight = spooler.queue.mails[f"{spooler.spool.directory}/m1"]
+    spooler.queue.become(mail_in_flight, spoolgore.FLYING)
+    mail_in_flight.entry = envelope_to(addressee(), Enqueued=spoolgore.format_time(NOW - 7200))
+    put(spool / ".failed", "nobody knows it", mail())
+    assert ask("/health")[2] == "1 given up\na mail waits for 2h\n"
+    (spool / ".failed").chmod(0o777)  # what is in there is not to be known
+    assert ask("/health")[2] == "a mail waits for 2h\n"
+
+
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_mail_may_leave_while_the_page_is_drawn(spool, status, monkeypatch, turn):
+    """At any of the switches: of the look through the queue, and of the table."""
+    ask, spooler = page_of(spool, status)
+    monkeypatch.setattr(spoolgore, "PAGE_SLICE", 1)
+    turns = itertools.count(1)
+    for name in ("m1", "m2"):
+        mail = spooler.queue.add(f"{spooler.spool.directory}/{name}")
+        mail.entry = spoolgore.pack(mail.path, envelope_to(*[addressee(name)] * 600))
+        spooler.queue.line_up(mail, spooler.queue.old)
+
+    def sleep(seconds):
+        if next(turns) == {1: 1, 2: 3}[turn]:
+            spooler.queue.drop(spooler.queue.mails[f"{spooler.spool.directory}/m1"])
+
+    monkeypatch.setattr(spoolgore.gevent, "sleep", sleep)
+    assert re.findall(r"data-name='FILE'>([^<]*)", ask("/")[2]) == ["m2"]
 
 
 def test_the_page_is_at_a_socket_for_its_owner_and_answers_once(spool, scripted, start, run, tmp_path):
