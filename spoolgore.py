@@ -528,6 +528,8 @@ ADDRESS_FIELD = re.compile(rb"\n(from|(?:resent-)?(?:to|cc|bcc))" + VALUE, re.IG
 RESENT_TO_FIELD = re.compile(rb"\nresent-(?:to|cc|bcc)[ \t]*:", re.IGNORECASE)
 BCC = re.compile(rb"\n(?:resent-)?bcc" + VALUE, re.IGNORECASE | re.DOTALL)
 ENVELOPE_LINE = re.compile(rb"(x-sender|x-receiver)[ \t]*:(.*?)(?:\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
+MESSAGE_ID = re.compile(rb"\nmessage-id[ \t]*:\s*(<[^>\n]+>)", re.IGNORECASE)
+OUR_MESSAGE_ID = re.compile(r"<[0-9a-f]{32}@[!-;=?-~]+>")
 WANTED_FIELD = re.compile(rb"\n(date|from|message-id|dkim-signature)[ \t]*:")  # in lower case
 SENDERS = ("from", "resent-from", "resent-sender")
 RESENT_TO = ("resent-to", "resent-cc", "resent-bcc")
@@ -872,12 +874,12 @@ class Message:
 
     file is open for reading in binary mode, size its octets. Raises BadMessage when it cannot be sent at all. whole is
     the content when it is small enough to be held in memory, else None; missing: the names of the fields to add().
-    checksum: of a streamed file, as it was when it was last read to its end; None if it never was.
+    message_id: its own, or empty. checksum: of a streamed file when it was last read to its end; None if it never was.
     """
 
     __slots__ = (
         *("file", "size", "top", "from_field", "sender", "recipients", "missing", "added", "whole"),
-        *("checksum", "checksum_so_far"),
+        *("checksum", "checksum_so_far", "message_id"),
     )
 
     def __init__(self, file, size):
@@ -890,17 +892,19 @@ class Message:
         self.from_field, self.sender = parse_sender(fields) if sender is None else (sender or "<>", sender)
         self.recipients = parse_recipients(fields) if receivers is None else {"To": receivers, "Cc": [], "Bcc": []}
         self.missing, self.added = missing_fields(header), b""
+        own = MESSAGE_ID.search(b"\n" + header)
+        self.message_id = own[1].decode("utf-8", "replace") if own else ""
         self.whole = None if size >= CHUNK else with_crlf(without_bcc(header) + rest)
         self.size = size - self.top if self.whole is None else len(self.whole)  # octets to declare (RFC 1870)
 
-    def add(self, seen, identity):
-        """What is missing, before the first field: always the same for a file that was first seen at a time in seconds
-        since 1970. It needs no From if nobody sent it."""
+    def add(self, seen, message_id):
+        """What is missing, before the first field, to a mail that was first seen at a time in seconds since 1970.
+        It needs no From if nobody sent it."""
         text = f"Date: {mail_date(int(seen))}\r\n" if "Date" in self.missing else ""
         if "From" in self.missing and self.sender:
             text += f"From: {self.sender}\r\n"
         if "Message-ID" in self.missing:
-            text += f"Message-ID: {new_message_id(self.sender, identity)}\r\n"
+            text += f"Message-ID: {message_id}\r\n"
         self.added = text.encode()
         self.size += len(self.added)
         self.whole = self.whole and self.added + self.whole
@@ -1936,6 +1940,11 @@ def look(path, directory=None):
 def identity(status):
     """What tells that a name is still the same file with the same content."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def file_mark(identity):
+    """The same for the status file; devices have other numbers after a reboot."""
+    return " ".join(map(str, identity[1:]))
 
 
 def signature(status):
@@ -4606,8 +4615,7 @@ class Delivery:
                 self.message = off_the_hub(Message, self.file, self.size)
             mail.forced |= mail.entry is None
             mail.entry = new_envelope(self.message, self.spooler.clock()) if mail.entry is None else self.envelope()
-            if self.message.missing:
-                self.message.add(max(enqueued(mail.entry), 0) or mail.identity[3] / 1e9, mail.identity[1:])
+            self.name_message()
         except BadMessage as error:
             return self.stick(self.shown(f"unable to parse mail file, {error}"))
         except CorruptStatus as error:
@@ -4616,6 +4624,17 @@ class Delivery:
             return self.stick(self.shown("has no recipients"))
         self.spooler.status.wanted.set()
         return True
+
+    def name_message(self):
+        """The entry remembers which message it is of, and which file: both may be touched, and be held."""
+        mail, message = self.mail, self.message
+        entry, name = mail.entry, message.message_id
+        if "Message-ID" in message.missing:
+            known = str(entry.get("MessageID"))
+            name = known if OUR_MESSAGE_ID.fullmatch(known) else new_message_id(message.sender, mail.identity[1:])
+        entry["MessageID"], entry["Stat"] = name, file_mark(mail.identity)
+        if message.missing:
+            message.add(max(enqueued(entry), 0) or mail.identity[3] / 1e9, name)
 
     def envelope(self):
         """The mail's own entry, to change. Raises CorruptStatus."""
@@ -4829,7 +4848,7 @@ class Delivery:
         if not is_same:
             return False
         queue.identify(mail, now)
-        mail.print = hash(now)
+        mail.print, mail.entry["Stat"] = hash(now), file_mark(now)
         return True
 
 
