@@ -1067,6 +1067,7 @@ MOVES_BY_NUMBER = {(STATUS_NUMBERS[before], after) for before, after in MOVES if
 FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 ADDRESS = operator.itemgetter("Address")
+CHANGED = "changed"  # an entry's Stat that may be another mail's
 MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
@@ -1195,6 +1196,16 @@ def requeue(envelope, now):
             recipient.update(Attempts=0, NextAttempt=format_time(now))
 
 
+def changed(envelope, message, is_same, now):
+    """The entry of a mail whose file was changed while it was out of sight: if it is the same message, who has it
+    already has it still. Everybody else is due."""
+    has = {recipient["Address"] for recipient in recipients(envelope) if is_same and state(recipient) == DELIVERED}
+    fresh = new_envelope(message, now)
+    for recipient in recipients(fresh):
+        recipient["Status"] = 2 if recipient["Address"] in has else 0
+    return fresh
+
+
 def interrupted(envelope, error=""):
     """What was in flight waits again; without an error it keeps the one that it had."""
     for recipient in recipients(envelope):
@@ -1305,7 +1316,7 @@ class Mail:
         self.due = 0.0  # until when it rests
         self.entry = entry  # the envelope: a dict in flight, packed at rest; None until it was read
         self.identity = None  # of its file, in flight and where it may be needed later
-        self.seen = None  # signature of the file of a STUCK mail; device and inode of one that is held
+        self.seen = None  # signature of the file of a STUCK mail
         self.print = 0  # hash of its file's latest identity; 0 if it was not opened since the start
         self.whole = False  # its file was seen to be closed, or to be moved here
         self.forced = False  # new, or flushed: everybody who waits is due
@@ -4642,11 +4653,23 @@ class Delivery:
         envelope = mail.envelope()
         if problem := envelope_problem(envelope):
             raise CorruptStatus(problem)
+        if envelope.get("Stat") == CHANGED and recipients(envelope):
+            return self.changed(envelope)
         renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):
             kept = f"{named(mail.path)} keeps the recipients of the first mail of its name, and not {others}"
             self.spooler.say(f"{mail.path} recipients", kept)
         return envelope
+
+    def changed(self, envelope):
+        """The file was changed while it was held or in .failed: is it the same mail? In doubt it is another one."""
+        name, mail = self.message.message_id, self.mail
+        is_same = bool(name) and name == envelope.get("MessageID")
+        verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
+        if not is_same and (has := [each["Address"] for each in recipients(envelope) if state(each) == DELIVERED]):
+            verdict += f", and goes to {', '.join(has)} again"
+        log(f"{named(mail.path)} was changed while it was away, and {verdict}")
+        return changed(envelope, self.message, is_same, self.spooler.clock())
 
     # -- its transactions
 
@@ -4995,6 +5018,8 @@ class Lookout:
         """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
         path = self.spool.path(os.path.basename(aside.path))
         back = self.queue.mails.get(path)
+        if back is aside:  # it was held, and not in .failed
+            return False
         return aside.state == ASIDE and (not has_recipients(back.envelope()) if back else bool(look(path)))
 
     def take_back(self, mail):
@@ -5004,35 +5029,50 @@ class Lookout:
             envelope = aside.envelope()
             if not envelope_problem(envelope):
                 requeue(envelope, self.spooler.clock())
+                is_changed(envelope, look(mail.path))
             mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
             self.queue.drop(aside)
 
     # -- what its user holds, by a dot before its name
 
     def is_held(self, mail):
-        """Whether its user holds it: its entry waits for it, ASIDE. Raises OSError."""
+        """Whether its user holds it: its entry waits for its name, ASIDE. What comes back may be another file: see
+        Delivery.changed(). Raises OSError."""
         parent, name = os.path.split(mail.path)
-        if parent != self.spool.directory or mail.entry is None or not (status := look(hidden(mail.path, ""))):
+        path = self.spool.path(name)
+        if mail.entry is None or len(os.fsencode(name)) >= NAME_LIMIT or not look(hidden(path, "")):
             return False
-        known, was_there = identity(status), status.st_mtime < self.since  # else it may be a new mail's
-        if mail.state == ASIDE:
-            return mail.seen == known[:2]
-        if not (hash(known) == mail.print if mail.print else was_there):
-            return False
-        self.queue.become(mail, ASIDE)
-        mail.seen = known[:2]
+        if parent == self.spool.failed:  # moved from there, to be mended
+            if path in self.queue.mails or envelope_problem(envelope := mail.envelope()):
+                return False
+            requeue(envelope, self.spooler.clock())
+            mail.entry = pack(mail.path, envelope)
+            self.queue.rename(mail, path)
+        if mail.state != ASIDE:
+            self.queue.become(mail, ASIDE)
         self.spooler.status.wanted.set()
         return True
 
     def release(self, mail):
         """A file has the name of a mail that was held: it goes on where it was, if the file is its own."""
         with contextlib.suppress(OSError):  # the next scan will see
-            if (status := look(mail.path)) and mail.seen == identity(status)[:2]:
-                mail.print = hash(identity(status))
-                self.queue.rest(mail, due_at(mail))
+            if status := look(mail.path):
+                mail.print, envelope = hash(identity(status)), mail.envelope()
+                if isinstance(envelope, dict) and is_changed(envelope := {"Stat": "", **envelope}, status):
+                    mail.entry = pack(mail.path, envelope)
+                    self.queue.rest(mail, 0.0)
+                    mail.forced = True
+                else:
+                    self.queue.rest(mail, due_at(mail))
+                self.spooler.status.wanted.set()
                 self.spooler.wake.set()
-            elif status:
-                self.queue.lose(mail)
+
+
+def is_changed(envelope, status):
+    """Whether a file that was out of sight is not what its entry knows; the entry remembers that."""
+    if status and envelope.get("Stat", mark := file_mark(identity(status))) != mark:
+        envelope["Stat"] = CHANGED
+    return envelope.get("Stat") == CHANGED
 
 
 def due_at(mail):
