@@ -5351,6 +5351,8 @@ class Spooler:
         return True
 
     def flush(self):
+        if self.suspended and not self.take_edit():  # the next write would take an edit away
+            return self.suspend(save=False)
         self.queue.flush()
         log(f"spool directory flushed ({self.queued()} messages in the queue)")
         self.resume()

@@ -5452,6 +5452,20 @@ def test_a_suspension_lasts_and_an_edit_takes_effect_at_its_end(spool, scripted,
     assert (left["a@x.org"]["Status"], left["later@x.org"]["NextAttempt"]) == (2, FAR)
 
 
+def test_a_flush_ends_a_suspension_and_keeps_the_edit(spool, status, monkeypatch):
+    spooler, asked = partly_delivered(spool, status)
+    status.path = str(spool / ".spoolgore.js")
+    spooler.suspend()
+    text = Path(status.path).read_text()
+    Path(status.path).write_text(text.replace("b@x.org", "edited@x.org"))
+    spooler.flush()
+    assert not spooler.suspended and "edited@x.org" in str(entry_of(status, str(spool / "m1")))
+    spooler.suspend()
+    monkeypatch.setattr(status, "reload", lambda: out_of_descriptors(status.path))
+    spooler.flush()
+    assert spooler.suspended
+
+
 def test_sigurg_ends_a_suspension(spool, scripted, start, pulse):
     daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env)
     gate.opened.set()
