@@ -1643,10 +1643,19 @@ class Status:
                 continue
             if not envelope_problem(envelope):
                 interrupted(envelope, error)
+                if error and state_of_all(envelope) == GIVEN_UP and (moved := self._moved_back(path)):
+                    requeue(envelope, moved)
             entries.append((path, pack(path, envelope)))
         if others:
             log(f"{self.path} names {len(others)} files that are no mails of this spool, ignored: {others[0]}")
         return entries
+
+    def _moved_back(self, path):
+        """When a mail of the spool that was given up was moved, if that was after the last write; it had been moved to
+        .failed just before a crash, or was not yet: in doubt it is tried again."""
+        status, written = look(path), look(self.path)
+        here = status and written and os.path.dirname(path) == self.spool.directory
+        return status.st_ctime if here and status.st_ctime_ns > written.st_ctime_ns else 0
 
     def _merge(self, mail, packed):
         is_live, has_news = isinstance(mail.entry, dict), mail.news > self.written

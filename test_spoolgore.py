@@ -9431,11 +9431,16 @@ def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotte
 WHAT_A_CRASH_LEFT = {  # entries of the status file, the mail's place, to whom it is sent then, the entries that are left
     "before the file of a delivered mail was removed": ({"m1": [(2, "")]}, "m1", [], {}),
     "before a mail that is given up was moved": ({"m1": [(2, "550 no"), (2, "")]}, "m1", [], {".failed/m1": [(2, "550 no"), (2, "")]}),
+    "before its move was written, and its user moved it back": ({"m1": [(2, "550 no"), (2, "")]}, "back", ["r0@x.org"], {}),
     "before its move was written": ({"m1": [(2, "550 no"), (2, "")]}, ".failed/m1", [], {".failed/m1": [(2, "550 no"), (2, "")]}),
     "before it was written that it is back": ({".failed/m1": [(2, "550 no"), (2, "")]}, "m1", ["r0@x.org"], {}),
     "in mid-transaction": ({"m1": [(2, ""), (1, ""), (0, "")]}, "m1", ["r1@x.org", "r2@x.org"], {}),
     "before the removal of a mail was written": ({"m1": [(1, "")], "gone": [(1, "")]}, "m1", ["r0@x.org"], {}),
 }  # fmt: skip
+
+
+def changed_at(path):
+    return os.stat(path).st_ctime_ns
 
 
 @pytest.mark.parametrize("case", WHAT_A_CRASH_LEFT)
@@ -9453,6 +9458,10 @@ def test_the_start_after_a_crash(spool, relay, run, case):
     for name in before:
         (spool / name).unlink()
     (spool / place).write_text(mail(", ".join(addresses)))
+    os.utime(spool / ".spoolgore.js")  # it was written last
+    if place == "back":
+        wait_until(lambda: os.utime(spool / place) or changed_at(spool / place) > changed_at(spool / ".spoolgore.js"))
+        (spool / place).rename(spool / "m1")
     assert run("-once", "-smtpaddr", relay.address).status_code == 0
     assert sent_to(relay) == sent and names(spool) == []
     text = json.loads((spool / ".spoolgore.js").read_text())
