@@ -2182,6 +2182,10 @@ class Spool:
         with os.scandir(self.directory) as entries:
             return self.named([entry.name for entry in entries if entry.is_file(follow_symlinks=False)])
 
+    def held(self):
+        """The paths without the dot that their users put before the names. Raises OSError."""
+        return {self.path(name[1:]) for name in os.listdir(self.directory) if name[0] == "."}
+
     # -- the lock
 
     def owner(self):
@@ -3725,7 +3729,7 @@ def steady_clock():
 # What people are told: -status, progress, the service manager, and -failcommand.
 
 TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
-KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
+KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable", "held")
 PATIENT = KINDS[:4]  # the kinds that wait to be sent
 NOBODY = {"Address": "", "Attempts": 0, "Error": ""}
 SPEED_SECONDS = 10  # mails a second are those of this time
@@ -3747,8 +3751,9 @@ class Line(NamedTuple):
     entry: str = "null"  # as JSON, where it is asked for
 
 
-def lines_of(entries, paths, now, running=True, mtime=modified, whole=False):
-    """A Line for each mail, sorted by when it is due. entries: (path, entry) pairs; paths: of the files.
+def lines_of(entries, paths, now, running=True, mtime=modified, whole=False, held=()):
+    """A Line for each mail, sorted by when it is due. entries: (path, entry) pairs; paths: of the files; held: of those
+    that have a dot before their names.
 
     mtime() is called only where no entry gives the age: it takes longer than everything else.
     """
@@ -3757,6 +3762,9 @@ def lines_of(entries, paths, now, running=True, mtime=modified, whole=False):
         if path in left:
             left.remove(path)
             lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running, whole))
+        elif path in held:
+            line = line_of(path, entry, enqueued(entry) or now, running, whole)
+            lines.append(line._replace(kind="held", due=math.inf))
         elif not envelope_problem(entry) and state_of_all(entry) == GIVEN_UP:  # its new path is not written yet
             lost[os.path.basename(path)] = entry
     for path in left:
@@ -3981,7 +3989,7 @@ def report(options, stream, now):
     gc.disable()  # many small objects, none of them garbage
     paths, facts = [*spool.mails(), *spool.list_failed()], spool.owner()
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
-    lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
+    lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names), held=spool.held())
     if options.names:
         return report_on(options.names, lines, stream, now, in_json)
     summary = summary_of(lines, facts, now, options.older)

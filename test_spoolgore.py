@@ -3484,7 +3484,7 @@ def test_what_status_says_above_the_table():
         "daemon: running, pid 4711, version 1.2.3, since 3d",
         "relay: b:25 is down, tried again in 9s, a, b: c",
         "sent: 7 today, 90 since the start",
-        "mails: 1 new, 0 waiting, 0 in flight, 3 deferred, 1 given up, 1 unusable",
+        "mails: 1 new, 0 waiting, 0 in flight, 3 deferred, 1 given up, 1 unusable, 0 held",
         "oldest: 2h, /spool/m1",
         "error: 3 x 451 4.7.1 try later",
     ]
@@ -3492,7 +3492,7 @@ def test_what_status_says_above_the_table():
     assert text[-1] == "attention: relay b:25 is down, 1 given up, 1 unusable, a mail waits for 2h"
     starting = spoolgore.summary_of([], {"pid": "4711", "": ""}, NOW)
     assert next(spoolgore.headlines(starting, NOW)) == "daemon: running, pid 4711"
-    nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable"
+    nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable, 0 held"
     nobody = spoolgore.summary_of([], None, NOW)
     attention = "attention: the daemon is not running"
     assert [*spoolgore.headlines(nobody, NOW)] == ["daemon: not running", nothing, attention]
@@ -6172,7 +6172,7 @@ def test_a_spool_by_another_path_keeps_its_status(spool, tmp_path, scripted, run
         other.symlink_to(spool)
     before = asked_for(relay)
     shown = spoolgore_run("-status", other)
-    assert "mails: 0 new, 0 waiting, 0 in flight, 2 deferred, 1 given up, 0 unusable" in shown.stdout
+    assert "mails: 0 new, 0 waiting, 0 in flight, 2 deferred, 1 given up, 0 unusable, 0 held" in shown.stdout
     daemon = run("-once", "-smtpaddr", relay.address, directory=other)
     assert asked_for(relay) == before and daemon.status_code == 75
     entries = json.loads((other / ".spoolgore.js").read_text())
@@ -9966,6 +9966,17 @@ def put_status(spool, entries):
     (spool / ".spoolgore.js").write_text(text)
 
 
+def test_status_shows_what_is_held(spool):
+    put_status(spool, {"m1": entry(recipient(attempts=3, error="451 later")), "m2": entry(), "gone": entry()})
+    (spool / "m1").rename(spool / ".m1")
+    (spool / "gone").unlink()
+    shown = spoolgore_run("-status", spool)
+    assert " 1 held\n" in shown.stdout and "gone" not in shown.stdout
+    assert re.search(r"^m1 +held .* - +451 later$", shown.stdout, re.MULTILINE)
+    shown = spoolgore_run("-status", spool, "m1")
+    assert "  held, for" in shown.stdout
+
+
 def entry(*recipients, **more):
     known = {"From": "Shop <shop@example.org>", "To": list(recipients), "Cc": [], "Bcc": [], "Attempts": 0}
     return {**known, "Enqueued": "2026-11-24T06:37:24Z", **more}
@@ -9994,7 +10005,7 @@ def test_status_of_every_kind_of_mail(spool):
     assert done.returncode == 69
     text, table = done.stdout.split("\n\n")
     assert "daemon: not running" in text
-    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 1 unusable" in text
+    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 1 unusable, 0 held" in text
     assert "error: 2 x 451 later" in text
     rows = {line.split()[0]: re.split(r"  +", line) for line in table.splitlines()[1:]}
     assert rows["deferred"][3:] == ["shop@example.org", "a@x.org +1", "3", "59m", "451 later"]
