@@ -528,7 +528,7 @@ ADDRESS_FIELD = re.compile(rb"\n(from|(?:resent-)?(?:to|cc|bcc))" + VALUE, re.IG
 RESENT_TO_FIELD = re.compile(rb"\nresent-(?:to|cc|bcc)[ \t]*:", re.IGNORECASE)
 BCC = re.compile(rb"\n(?:resent-)?bcc" + VALUE, re.IGNORECASE | re.DOTALL)
 ENVELOPE_LINE = re.compile(rb"(x-sender|x-receiver)[ \t]*:(.*?)(?:\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
-MESSAGE_ID = re.compile(rb"\nmessage-id[ \t]*:\s*(<[^>\n]+>)", re.IGNORECASE)
+MESSAGE_ID = re.compile(rb"\nmessage-id[ \t]*:\s*(<[^>\n]{1,250}>)", re.IGNORECASE)
 OUR_MESSAGE_ID = re.compile(r"<[0-9a-f]{32}@[!-;=?-~]+>")
 WANTED_FIELD = re.compile(rb"\n(date|from|message-id|dkim-signature)[ \t]*:")  # in lower case
 SENDERS = ("from", "resent-from", "resent-sender")
@@ -5057,7 +5057,7 @@ class Lookout:
         Delivery.changed(). Raises OSError."""
         parent, name = os.path.split(mail.path)
         path = self.spool.path(name)
-        if mail.entry is None or len(os.fsencode(name)) >= NAME_LIMIT or not look(hidden(path, "")):
+        if mail.entry is None or len(name.encode("utf-8", "replace")) >= NAME_LIMIT or not look(hidden(path, "")):
             return False
         if parent == self.spool.failed:  # moved from there, to be mended
             if path in self.queue.mails or envelope_problem(envelope := mail.envelope()):

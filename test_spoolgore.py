@@ -6464,7 +6464,7 @@ def test_a_spool_is_taken_over_from_the_original_and_can_be_given_back(spool, re
     entries = json.loads((spool / ".spoolgore.js").read_text())
     assert list(entries) == [f"{spool}/m1"]
     entry = entries[f"{spool}/m1"]
-    assert list(entry) == ["From", "To", "Cc", "Bcc", "Attempts", "Enqueued"]
+    assert list(entry) == ["From", "To", "Cc", "Bcc", "Attempts", "Enqueued", "MessageID", "Stat"]
     assert (entry["From"], entry["Attempts"]) == ("Foo Bar <foo@example.com>", 0)
     people = [*entry["To"], *entry["Cc"], *entry["Bcc"]]
     assert [(person["Status"], person["Attempts"]) for person in people] == [(2, 0), (2, 2), (0, 1), (0, 1)]
