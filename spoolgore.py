@@ -147,6 +147,7 @@ import struct
 import time
 import traceback
 import unicodedata
+import zlib
 from collections import deque
 from datetime import datetime, timezone
 from encodings.idna import nameprep
@@ -529,6 +530,8 @@ ADDRESS_FIELD = re.compile(rb"\n(from|(?:resent-)?(?:to|cc|bcc))" + VALUE, re.IG
 RESENT_TO_FIELD = re.compile(rb"\nresent-(?:to|cc|bcc)[ \t]*:", re.IGNORECASE)
 BCC = re.compile(rb"\n(?:resent-)?bcc" + VALUE, re.IGNORECASE | re.DOTALL)
 ENVELOPE_LINE = re.compile(rb"(x-sender|x-receiver)[ \t]*:(.*?)(?:\n(?![ \t])|\Z)", re.IGNORECASE | re.DOTALL)
+MESSAGE_ID = re.compile(rb"\nmessage-id[ \t]*:\s*(<[^>\n]{1,250}>)", re.IGNORECASE)
+OUR_MESSAGE_ID = re.compile(r"<[0-9a-f]{32}@[!-;=?-~]+>")
 WANTED_FIELD = re.compile(rb"\n(date|from|message-id|dkim-signature)[ \t]*:")  # in lower case
 SENDERS = ("from", "resent-from", "resent-sender")
 RESENT_TO = ("resent-to", "resent-cc", "resent-bcc")
@@ -873,12 +876,16 @@ class Message:
 
     file is open for reading in binary mode, size its octets. Raises BadMessage when it cannot be sent at all. whole is
     the content when it is small enough to be held in memory, else None; missing: the names of the fields to add().
+    message_id: its own, or empty. checksum: of a streamed file when it was last read to its end; None if it never was.
     """
 
-    __slots__ = ("file", "size", "top", "from_field", "sender", "recipients", "missing", "added", "whole")
+    __slots__ = (
+        *("file", "size", "top", "from_field", "sender", "recipients", "missing", "added", "whole"),
+        *("checksum", "checksum_so_far", "message_id"),
+    )
 
     def __init__(self, file, size):
-        self.file = file
+        self.file, self.checksum = file, None
         chunks = unix_lines(file.read) if size >= CHUNK else iter([whole_text(file, size)])
         header, rest = split_header(chunks)
         self.top, sender, receivers = envelope_lines(header) if header[:2] in (b"X-", b"x-") else (0, None, None)
@@ -887,24 +894,31 @@ class Message:
         self.from_field, self.sender = parse_sender(fields) if sender is None else (sender or "<>", sender)
         self.recipients = parse_recipients(fields) if receivers is None else {"To": receivers, "Cc": [], "Bcc": []}
         self.missing, self.added = missing_fields(header), b""
+        own = MESSAGE_ID.search(b"\n" + header)
+        self.message_id = own[1].decode("utf-8", "replace") if own else ""
         self.whole = None if size >= CHUNK else with_crlf(without_bcc(header) + rest)
         self.size = size - self.top if self.whole is None else len(self.whole)  # octets to declare (RFC 1870)
 
-    def add(self, seen, identity):
-        """What is missing, before the first field: always the same for a file that was first seen at a time in seconds
-        since 1970. It needs no From if nobody sent it."""
+    def add(self, seen, message_id):
+        """What is missing, before the first field, to a mail that was first seen at a time in seconds since 1970.
+        It needs no From if nobody sent it."""
         text = f"Date: {mail_date(int(seen))}\r\n" if "Date" in self.missing else ""
         if "From" in self.missing and self.sender:
             text += f"From: {self.sender}\r\n"
         if "Message-ID" in self.missing:
-            text += f"Message-ID: {new_message_id(self.sender, identity)}\r\n"
+            text += f"Message-ID: {message_id}\r\n"
         self.added = text.encode()
         self.size += len(self.added)
         self.whole = self.whole and self.added + self.whole
 
     def is_unchanged(self):
-        """Whether the file still says what it said, if it is held whole."""
+        """Whether the file still says what it said when it was read to its end."""
         self.file.seek(0)
+        if self.whole is None:
+            now = 0
+            while data := self.file.read(CHUNK):
+                now = zlib.crc32(data, now)
+            return now == self.checksum
         try:
             again = Message(self.file, os.fstat(self.file.fileno()).st_size)
         except (BadMessage, Unfinished):
@@ -920,10 +934,12 @@ class Message:
         """Of a file that grows all the time there is no end. Raises Unfinished."""
         if (data := self.file.read(octets)) and self.file.tell() > self.size + self.top - len(self.added):
             raise Unfinished("the file grew while it was read")
+        self.checksum_so_far = zlib.crc32(data, self.checksum_so_far)
         return data
 
     def _stream(self):
         self.file.seek(0)
+        self.checksum_so_far = 0
         chunks = unix_lines(self._read)
         header, body = split_header(chunks)
         yield self.added
@@ -931,6 +947,7 @@ class Message:
         for chunk in itertools.chain([without_bcc(header[self.top :]), body], chunks):
             last = chunk or last
             yield chunk.replace(b"\n", b"\r\n")
+        self.checksum = self.checksum_so_far
         if not last.endswith(b"\n"):
             yield b"\r\n"
 
@@ -1052,6 +1069,7 @@ MOVES_BY_NUMBER = {(STATUS_NUMBERS[before], after) for before, after in MOVES if
 FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 ADDRESS = operator.itemgetter("Address")
+CHANGED = "changed"  # an entry's Stat that may be another mail's
 MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
@@ -1180,6 +1198,16 @@ def requeue(envelope, now):
             recipient.update(Attempts=0, NextAttempt=format_time(now))
 
 
+def changed(envelope, message, is_same, now):
+    """The entry of a mail whose file was changed while it was out of sight: if it is the same message, who has it
+    already has it still. Everybody else is due."""
+    has = {recipient["Address"] for recipient in recipients(envelope) if is_same and state(recipient) == DELIVERED}
+    fresh = new_envelope(message, now)
+    for recipient in recipients(fresh):
+        recipient["Status"] = 2 if recipient["Address"] in has else 0
+    return fresh
+
+
 def interrupted(envelope, error=""):
     """What was in flight waits again; without an error it keeps the one that it had."""
     for recipient in recipients(envelope):
@@ -1290,7 +1318,7 @@ class Mail:
         self.due = 0.0  # until when it rests
         self.entry = entry  # the envelope: a dict in flight, packed at rest; None until it was read
         self.identity = None  # of its file, in flight and where it may be needed later
-        self.seen = None  # signature of the file of a STUCK mail; device and inode of one that is held
+        self.seen = None  # signature of the file of a STUCK mail
         self.print = 0  # hash of its file's latest identity; 0 if it was not opened since the start
         self.whole = False  # its file was seen to be closed, or to be moved here
         self.forced = False  # new, or flushed: everybody who waits is due
@@ -1619,12 +1647,21 @@ class Status:
                 continue
             if not envelope_problem(envelope):
                 interrupted(envelope, error)
+                if error and state_of_all(envelope) == GIVEN_UP and (moved := self._moved_back(path)):
+                    requeue(envelope, moved)
             entries.append((path, pack(path, envelope)))
         if others and not entries:
             raise CorruptStatus(f"it names no mail of this spool, but {others[0]}")
         if others:
             log(f"{self.path} names {len(others)} files that are no mails of this spool, ignored: {others[0]}")
         return entries
+
+    def _moved_back(self, path):
+        """When a mail of the spool that was given up was moved, if that was after the last write; it had been moved to
+        .failed just before a crash, or was not yet: in doubt it is tried again."""
+        status, written = look(path), look(self.path)
+        here = status and written and os.path.dirname(path) == self.spool.directory
+        return status.st_ctime if here and status.st_ctime_ns > written.st_ctime_ns else 0
 
     def _merge(self, mail, packed):
         is_live, has_news = isinstance(mail.entry, dict), mail.news > self.written
@@ -1934,6 +1971,11 @@ def identity(status):
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def file_mark(identity):
+    """The same for the status file; devices have other numbers after a reboot."""
+    return " ".join(map(str, identity[1:]))
+
+
 def signature(status):
     """What changes whenever a file, its content or its permissions do."""
     return status and identity(status) + (status.st_ctime_ns, status.st_mode)
@@ -2160,6 +2202,10 @@ class Spool:
         """The paths of the regular files. Raises OSError."""
         with os.scandir(self.directory) as entries:
             return self.named([entry.name for entry in entries if entry.is_file(follow_symlinks=False)])
+
+    def held(self):
+        """The paths without the dot that their users put before the names. Raises OSError."""
+        return {self.path(name[1:]) for name in os.listdir(self.directory) if name[0] == "."}
 
     # -- the lock
 
@@ -3721,7 +3767,7 @@ def steady_clock():
 # What people are told: -status, progress, the service manager, and -failcommand.
 
 TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
-KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable")
+KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable", "held")
 PATIENT = KINDS[:4]  # the kinds that wait to be sent
 NOBODY = {"Address": "", "Attempts": 0, "Error": ""}
 SPEED_SECONDS = 10  # mails a second are those of this time
@@ -3743,8 +3789,9 @@ class Line(NamedTuple):
     entry: str = "null"  # as JSON, where it is asked for
 
 
-def lines_of(entries, paths, now, running=True, mtime=modified, whole=False):
-    """A Line for each mail, sorted by when it is due. entries: (path, entry) pairs; paths: of the files.
+def lines_of(entries, paths, now, running=True, mtime=modified, whole=False, held=()):
+    """A Line for each mail, sorted by when it is due. entries: (path, entry) pairs; paths: of the files; held: of those
+    that have a dot before their names.
 
     mtime() is called only where no entry gives the age: it takes longer than everything else.
     """
@@ -3753,6 +3800,9 @@ def lines_of(entries, paths, now, running=True, mtime=modified, whole=False):
         if path in left:
             left.remove(path)
             lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running, whole))
+        elif path in held:
+            line = line_of(path, entry, enqueued(entry) or now, running, whole)
+            lines.append(line._replace(kind="held", due=math.inf))
         elif not envelope_problem(entry) and state_of_all(entry) == GIVEN_UP:  # its new path is not written yet
             lost[os.path.basename(path)] = entry
     for path in left:
@@ -3982,7 +4032,7 @@ def report(options, stream, now):
     (failed, status), facts = failed_of(spool), spool.owner()
     paths = [*spool.mails(), *failed]
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
-    lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names))
+    lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names), held=spool.held())
     if options.names:
         return report_on(spool, options.names, lines, stream, now, in_json)
     summary = summary_of(lines, facts, now, options.older)
@@ -4679,8 +4729,7 @@ class Delivery:
                 self.message = off_the_hub(Message, self.file, self.size)
             mail.forced |= mail.entry is None
             mail.entry = new_envelope(self.message, self.spooler.clock()) if mail.entry is None else self.envelope()
-            if self.message.missing:
-                self.message.add(max(enqueued(mail.entry), 0) or mail.identity[3] / 1e9, mail.identity[1:])
+            self.name_message()
         except BadMessage as error:
             return self.stick(self.shown(f"unable to parse mail file, {error}"))
         except CorruptStatus as error:
@@ -4690,17 +4739,40 @@ class Delivery:
         self.spooler.status.wanted.set()
         return True
 
+    def name_message(self):
+        """The entry remembers which message it is of, and which file: both may be touched, and be held."""
+        mail, message = self.mail, self.message
+        entry, name = mail.entry, message.message_id
+        if "Message-ID" in message.missing:
+            known = str(entry.get("MessageID"))
+            name = known if OUR_MESSAGE_ID.fullmatch(known) else new_message_id(message.sender, mail.identity[1:])
+        entry["MessageID"], entry["Stat"] = name, file_mark(mail.identity)
+        if message.missing:
+            message.add(max(enqueued(entry), 0) or mail.identity[3] / 1e9, name)
+
     def envelope(self):
         """The mail's own entry, to change. Raises CorruptStatus."""
         mail = self.mail
         envelope = mail.envelope()
         if problem := envelope_problem(envelope):
             raise CorruptStatus(problem)
+        if envelope.get("Stat") == CHANGED and recipients(envelope):
+            return self.changed(envelope)
         renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):
             kept = f"{named(mail.path)} keeps the recipients of the first mail of its name, and not {others}"
             self.spooler.say(f"{mail.path} recipients", kept)
         return envelope
+
+    def changed(self, envelope):
+        """The file was changed while it was held or in .failed: is it the same mail? In doubt it is another one."""
+        name, mail = self.message.message_id, self.mail
+        is_same = bool(name) and name == envelope.get("MessageID")
+        verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
+        if not is_same and (has := [each["Address"] for each in recipients(envelope) if state(each) == DELIVERED]):
+            verdict += f", and goes to {', '.join(has)} again"
+        log(f"{named(mail.path)} was changed while it was away, and {verdict}")
+        return changed(envelope, self.message, is_same, self.spooler.clock())
 
     # -- its transactions
 
@@ -4895,9 +4967,15 @@ class Delivery:
         now, before = identity(os.fstat(self.file.fileno())), mail.identity
         if now == before or now[:3] != before[:3]:
             return False
-        if not (now[3] < before[3] if self.message.whole is None else self.message.is_unchanged()):
+        message = self.message
+        if message.whole is not None:
+            is_same = message.is_unchanged()
+        else:  # copiers that set the time set one that is past
+            is_same = now[3] < before[3] if message.checksum is None else off_the_hub(message.is_unchanged)
+        if not is_same:
             return False
         queue.identify(mail, now)
+        mail.print, mail.entry["Stat"] = hash(now), file_mark(now)
         return True
 
 
@@ -5044,6 +5122,8 @@ class Lookout:
         """Whether this file was moved from .failed into the spool again, where its delivery is still to come."""
         path = self.spool.path(os.path.basename(aside.path))
         back = self.queue.mails.get(path)
+        if back is aside:  # it was held, and not in .failed
+            return False
         return aside.state == ASIDE and (not has_recipients(back.envelope()) if back else bool(look(path)))
 
     def take_back(self, mail):
@@ -5053,35 +5133,50 @@ class Lookout:
             envelope = aside.envelope()
             if not envelope_problem(envelope):
                 requeue(envelope, self.spooler.clock())
+                is_changed(envelope, look(mail.path))
             mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
             self.queue.drop(aside)
 
     # -- what its user holds, by a dot before its name
 
     def is_held(self, mail):
-        """Whether its user holds it: its entry waits for it, ASIDE. Raises OSError."""
+        """Whether its user holds it: its entry waits for its name, ASIDE. What comes back may be another file: see
+        Delivery.changed(). Raises OSError."""
         parent, name = os.path.split(mail.path)
-        if parent != self.spool.directory or mail.entry is None or not (status := look(hidden(mail.path, ""))):
+        path = self.spool.path(name)
+        if mail.entry is None or len(name.encode("utf-8", "replace")) >= NAME_LIMIT or not look(hidden(path, "")):
             return False
-        known, was_there = identity(status), status.st_mtime < self.since  # else it may be a new mail's
-        if mail.state == ASIDE:
-            return mail.seen == known[:2]
-        if not (hash(known) == mail.print if mail.print else was_there):
-            return False
-        self.queue.become(mail, ASIDE)
-        mail.seen = known[:2]
+        if parent == self.spool.failed:  # moved from there, to be mended
+            if path in self.queue.mails or envelope_problem(envelope := mail.envelope()):
+                return False
+            requeue(envelope, self.spooler.clock())
+            mail.entry = pack(mail.path, envelope)
+            self.queue.rename(mail, path)
+        if mail.state != ASIDE:
+            self.queue.become(mail, ASIDE)
         self.spooler.status.wanted.set()
         return True
 
     def release(self, mail):
         """A file has the name of a mail that was held: it goes on where it was, if the file is its own."""
         with contextlib.suppress(OSError):  # the next scan will see
-            if (status := look(mail.path)) and mail.seen == identity(status)[:2]:
-                mail.print = hash(identity(status))
-                self.queue.rest(mail, due_at(mail))
+            if status := look(mail.path):
+                mail.print, envelope = hash(identity(status)), mail.envelope()
+                if isinstance(envelope, dict) and is_changed(envelope := {"Stat": "", **envelope}, status):
+                    mail.entry = pack(mail.path, envelope)
+                    self.queue.rest(mail, 0.0)
+                    mail.forced = True
+                else:
+                    self.queue.rest(mail, due_at(mail))
+                self.spooler.status.wanted.set()
                 self.spooler.wake.set()
-            elif status:
-                self.queue.lose(mail)
+
+
+def is_changed(envelope, status):
+    """Whether a file that was out of sight is not what its entry knows; the entry remembers that."""
+    if status and envelope.get("Stat", mark := file_mark(identity(status))) != mark:
+        envelope["Stat"] = CHANGED
+    return envelope.get("Stat") == CHANGED
 
 
 def due_at(mail):

@@ -1804,7 +1804,7 @@ def test_what_is_missing_is_added_before_the_first_field(header, added, more):
     data = (header + "\nHello.\n").encode()
     message, plain = (read_message(data, len(data) + more) for _ in range(2))
     if message.missing:
-        message.add(NOW, (1, 2, 3))
+        message.add(NOW, f"<{0:032}@x.org>")
     content, before = b"".join(message.content()), b"".join(plain.content())
     assert content.endswith(before) and message.size - plain.size == len(content) - len(before)
     assert re.fullmatch(added % (ADDED_DATE, ADDED_ID), content[: -len(before)])
@@ -1845,6 +1845,8 @@ def test_added_fields_are_the_same_at_every_attempt(spool, scripted, run, start,
         daemon.send("SIGURG")
         daemon.wait_for(f"successfully sent to {name}@x.org")
         assert daemon.stop() == 0
+        if name == "later":
+            os.utime(spool / "m")
     assert len(relay.mails.items) >= 4
     contents = {received.content for received in relay.mails.items}
     assert {received.sender for received in relay.mails.items} == {"s@x.org"}
@@ -3487,7 +3489,7 @@ def test_what_status_says_above_the_table():
         "daemon: running, pid 4711, version 1.2.3, since 3d",
         "relay: b:25 is down, tried again in 9s, a, b: c",
         "sent: 7 today, 90 since the start",
-        "mails: 1 new, 0 waiting, 0 in flight, 3 deferred, 1 given up, 1 unusable",
+        "mails: 1 new, 0 waiting, 0 in flight, 3 deferred, 1 given up, 1 unusable, 0 held",
         "oldest: 2h, /spool/m1",
         "error: 3 x 451 4.7.1 try later",
     ]
@@ -3495,7 +3497,7 @@ def test_what_status_says_above_the_table():
     assert text[-1] == "attention: relay b:25 is down, 1 given up, 1 unusable, a mail waits for 2h"
     starting = spoolgore.summary_of([], {"pid": "4711", "": ""}, NOW)
     assert next(spoolgore.headlines(starting, NOW)) == "daemon: running, pid 4711"
-    nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable"
+    nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable, 0 held"
     nobody = spoolgore.summary_of([], None, NOW)
     attention = "attention: the daemon is not running"
     assert [*spoolgore.headlines(nobody, NOW)] == ["daemon: not running", nothing, attention]
@@ -4722,17 +4724,17 @@ def test_a_file_that_is_renamed_in_mid_transaction_is_the_same_mail(
 
 @pytest.mark.parametrize("is_renamed", [False, True])
 @pytest.mark.parametrize("size", [10, 2 * spoolgore.CHUNK])
-@pytest.mark.parametrize("reply, left", [(None, []), (LATER, ["m"])])
+@pytest.mark.parametrize("reply, left, moment", [(None, [], NOW), (LATER, ["m"], NOW), (None, [], None)])
 def test_a_file_whose_time_is_set_in_mid_transaction_is_the_same_mail(
-    spool, scripted, start, reply, left, size, is_renamed
+    spool, scripted, start, reply, left, moment, size, is_renamed
 ):
-    """Python's shutil.copy2() and touch -r do that to a file that is closed already."""
+    """Python's shutil.copy2() and touch -r do that to a file that is closed already; touch alone sets the present."""
     relay, gate = scripted(), Gate()
     relay.replies = {"content": lambda content: gate(content) or reply}
     put(spool, "m", mail("a@x.org", body="x" * size))
     daemon = start("-smtpaddr", relay.address)
     gate.wait()
-    os.utime(spool / "m", (NOW, NOW))
+    os.utime(spool / "m", moment and (moment, moment))
     if is_renamed:
         rename(spool, "m", "m2")
     gate.opened.set()
@@ -5501,6 +5503,20 @@ def test_a_suspension_lasts_and_an_edit_takes_effect_at_its_end(spool, scripted,
     assert (left["a@x.org"]["Status"], left["later@x.org"]["NextAttempt"]) == (2, FAR)
 
 
+def test_a_flush_ends_a_suspension_and_keeps_the_edit(spool, status, monkeypatch):
+    spooler, asked = partly_delivered(spool, status)
+    status.path = str(spool / ".spoolgore.js")
+    spooler.suspend()
+    text = Path(status.path).read_text()
+    Path(status.path).write_text(text.replace("b@x.org", "edited@x.org"))
+    spooler.flush()
+    assert not spooler.suspended and "edited@x.org" in str(entry_of(status, str(spool / "m1")))
+    spooler.suspend()
+    monkeypatch.setattr(status, "reload", lambda: out_of_descriptors(status.path))
+    spooler.flush()
+    assert spooler.suspended
+
+
 def test_sigurg_ends_a_suspension(spool, scripted, start, pulse):
     daemon, relay, gate = suspended_in_mid_transaction(spool, scripted, start, env=pulse.env)
     gate.opened.set()
@@ -5891,11 +5907,15 @@ def waiting_mail(spooler, attempts=4):
     os.utime(spool / "m1", (NOW - 999, NOW - 999))
     spooler.scan()
     held = spooler.queue.mails[f"{spool}/m1"]
-    held.entry = spoolgore.pack(held.path, entry_due(NOW + 600, attempts))
+    held.entry = spoolgore.pack(held.path, entry_due(NOW + 600, attempts, Stat=mark_of(spool / "m1")))
     spooler.queue.become(held, spoolgore.FLYING)
     held.print = hash(spoolgore.identity(os.stat(spool / "m1")))
     spooler.queue.rest(held, NOW + 600)
     return held
+
+
+def mark_of(path):
+    return spoolgore.file_mark(spoolgore.identity(os.stat(path)))
 
 
 def entry_due(when, attempts=4, **more):
@@ -5904,8 +5924,7 @@ def entry_due(when, attempts=4, **more):
 
 
 @pytest.mark.parametrize("release", ["scan", "event"])
-@pytest.mark.parametrize("edited", [False, True])
-def test_a_mail_that_is_held_comes_back_as_it_was(spool, status, release, edited):
+def test_a_mail_that_is_held_comes_back_as_it_was(spool, status, release):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
     (spool / "m1").rename(spool / ".m1")
@@ -5913,8 +5932,6 @@ def test_a_mail_that_is_held_comes_back_as_it_was(spool, status, release, edited
         spooler.scan()
         assert held.state == spoolgore.ASIDE and held.path in spooler.queue.mails
     spooler.flush()
-    if edited:  # while it is held: it is the same file
-        (spool / ".m1").write_text(mail("a@x.org", body="mended"))
     (spool / ".m1").rename(spool / "m1")
     if release == "scan":
         spooler.scan()
@@ -5922,7 +5939,7 @@ def test_a_mail_that_is_held_comes_back_as_it_was(spool, status, release, edited
         spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
     assert spooler.queue.mails[held.path] is held and (held.state, held.due) == (spoolgore.RESTING, NOW + 600)
     spooler.scan()
-    assert held.envelope() == entry_due(NOW + 600) and held.state == spoolgore.RESTING
+    assert held.envelope() == entry_due(NOW + 600, Stat=mark_of(spool / "m1")) and held.state == spoolgore.RESTING
 
 
 def test_another_file_with_a_dot_is_not_the_mail_that_was_there(spool, status):
@@ -5932,11 +5949,14 @@ def test_another_file_with_a_dot_is_not_the_mail_that_was_there(spool, status):
     (spool / "m1").unlink()
     (spool / "other").rename(spool / ".m1")  # an application writes the next one
     spooler.scan()
-    assert held.state == spoolgore.LEFT and not spooler.queue.mails
+    assert held.state == spoolgore.ASIDE
+    (spool / ".m1").rename(spool / "m1")
+    spooler.scan()
+    handle(spooler, "m1")
+    assert re.findall(rb"RCPT TO:<(.*)>", spooler.relay.stream.getvalue()) == [b"b@x.org"] and names(spool) == []
 
 
-@pytest.mark.parametrize("partly", [False, True])
-def test_a_file_in_the_place_of_one_that_is_held_is_another_mail(spool, status, partly):
+def test_a_file_in_the_place_of_one_that_is_held_is_another_mail(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
     (spool / "m1").rename(spool / ".m1")
@@ -5944,9 +5964,134 @@ def test_a_file_in_the_place_of_one_that_is_held_is_another_mail(spool, status, 
     put(spool, "other", mail("b@x.org"))
     (spool / "other").rename(spool / "m1")
     spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
-    assert held.state == spoolgore.LEFT and spooler.queue.mails[held.path].entry is None
+    assert (held.state, held.forced) == (spoolgore.RESTING, True)
     handle(spooler, "m1")
-    assert b"RCPT TO:<b@x.org>" in spooler.relay.stream.getvalue() and names(spool) == []
+    assert re.findall(rb"RCPT TO:<(.*)>", spooler.relay.stream.getvalue()) == [b"b@x.org"] and names(spool) == []
+
+
+def partly_delivered(spool, status, *flags, meanwhile=lambda: None, **fields):
+    """(spooler, asked): m1, which a@x.org has and b@x.org has not; asked gets the addresses of each transaction."""
+    spooler, asked = spooler_of(spool, status, *flags), []
+    put(spool, "m1", mail("a@x.org, b@x.org", **fields))
+    spooler.keep, status.commit = (lambda name, work: None), lambda mail: True
+
+    def send(sender, addresses, message):
+        asked.append(addresses)
+        if len(asked) == 1:
+            meanwhile()
+        done = spoolgore.Outcome(spoolgore.Verdict.DELIVERED)
+        return {each: DEFERRED if (each, len(asked)) == ("b@x.org", 1) else done for each in addresses}
+
+    spooler.relay.send = send
+    handle(spooler, "m1")
+    return spooler, asked
+
+
+def replaced(path, old="Hello", new="Mended"):
+    """As sed -i does it."""
+    other = path.with_name(".sed")
+    other.write_text(path.read_text().replace(old, new))
+    other.rename(path)
+
+
+def written_anew(path):
+    """The next mail of an application that always writes to this name: the inode may be the same."""
+    text = path.read_text()
+    path.unlink()
+    path.write_text(text.replace("Hello", "Other"))
+
+
+def released(spool, spooler, asked):
+    """To whom m1 goes when it is back."""
+    (spool / ".m1").rename(spool / "m1")
+    spooler.scan()
+    spooler.queue.flush()
+    handle(spooler, "m1")
+    assert names(spool) == [] and len(asked) == 2
+    return asked[1]
+
+
+SAME_ID = {"Message-ID": "<same@x.org>"}
+
+
+@pytest.mark.parametrize("is_seen", [False, True])
+@pytest.mark.parametrize("origin", ["m1", ".failed/m1"])
+@pytest.mark.parametrize(
+    "change, fields, sent",
+    [
+        (lambda path: None, {}, ["b@x.org"]),
+        (replaced, SAME_ID, ["b@x.org"]),
+        (lambda path: replaced(path, "b@x.org", "c@x.org"), SAME_ID, ["c@x.org"]),
+        (lambda path: path.write_text(path.read_text() + "more"), SAME_ID, ["b@x.org"]),
+        (replaced, {}, ["a@x.org", "b@x.org"]),
+        (written_anew, {}, ["a@x.org", "b@x.org"]),
+        (lambda path: replaced(path, "same@x", "other@x"), SAME_ID, ["a@x.org", "b@x.org"]),
+    ],
+)
+def test_a_mail_that_is_changed_while_it_is_held(spool, status, logged, origin, is_seen, change, fields, sent):
+    flags = ["-attempts", "1"] if origin != "m1" else []
+    spooler, asked = partly_delivered(spool, status, *flags, **fields)
+    (spool / origin).rename(spool / ".m1")
+    if is_seen:
+        spooler.scan()
+        assert [mail.state for mail in spooler.queue.mails.values()] == [spoolgore.ASIDE]
+    change(spool / ".m1")
+    spooler.scan()
+    assert released(spool, spooler, asked) == sent and not spooler.queue.mails
+    assert ("a@x.org again" in " ".join(logged())) == ("a@x.org" in sent)
+
+
+def test_a_new_mail_of_the_name_of_one_that_is_held_and_everybody_has(spool, status, logged):
+    """It was held in mid-transaction, and removed; its inode is free for the next one."""
+    spooler, asked = partly_delivered(spool, status, meanwhile=lambda: (spool / "m1").rename(spool / ".m1"))
+    (held,) = spooler.queue.mails.values()
+    held.entry = spoolgore.pack(
+        held.path, json.loads(json.dumps(held.envelope()).replace('"Status": 0', '"Status": 2'))
+    )
+    written_anew(spool / ".m1")
+    assert released(spool, spooler, asked) == ["a@x.org", "b@x.org"]
+    assert [line for line in logged() if "goes to a@x.org again" in line]
+
+
+def test_a_mail_that_is_touched_in_mid_transaction_and_held_over_a_restart(spool, status):
+    later = time.time() + 9
+    spooler, asked = partly_delivered(spool, status, meanwhile=lambda: os.utime(spool / "m1", (later, later)))
+    (spool / "m1").rename(spool / ".m1")
+    spooler.scan()
+    again = spoolgore.Status(spoolgore.Queue(), status.spool)
+    status.path = again.path = str(spool / ".spoolgore.js")
+    status.save()
+    again.load()
+    os.close(spooler.spool._lock)
+    after = spooler_of(spool, again)
+    after.keep, after.relay.send, again.commit = spooler.keep, spooler.relay.send, status.commit
+    after.scan()
+    assert released(spool, after, asked) == ["b@x.org"]
+
+
+@pytest.mark.parametrize("way", [lambda path: path.unlink(), lambda path: path.rename(path.with_name("other"))])
+def test_a_mail_whose_name_leaves_no_room_for_a_dot_is_missed_all_the_same(spool, status, way):
+    spooler = spooler_of(spool, status)
+    held, name = waiting_mail(spooler), "m" * spoolgore.NAME_LIMIT
+    (spool / "m1").rename(spool / name)
+    spooler.queue.rename(held, str(spool / name))
+    way(spool / name)
+    spooler.scan()
+    assert held.state == spoolgore.LEFT
+
+
+def test_an_unusable_mail_that_is_held_and_removed_is_forgotten(spool, status):
+    spooler = spooler_of(spool, status)
+    spooler.keep = lambda name, work: None
+    put(spool, "zero", "")
+    spooler.scan()
+    handle(spooler, "zero")
+    (spool / "zero").rename(spool / ".zero")
+    spooler.scan()
+    assert [mail.state for mail in spooler.queue.mails.values()] == [spoolgore.ASIDE]
+    (spool / ".zero").unlink()
+    spooler.scan()
+    assert not spooler.queue.mails
 
 
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
@@ -5987,7 +6132,7 @@ def test_a_mail_is_held_over_a_restart(spool, status, start, scripted):
     path = spool / "m1"
     path.write_text(mail("a@x.org"))
     os.utime(path, (NOW, NOW))
-    known = {**entry_due(0), "To": [addressee(attempts=7, error="451 later", moment=later)]}
+    known = {**entry_due(0, Stat=mark_of(path)), "To": [addressee(attempts=7, error="451 later", moment=later)]}
     (spool / ".spoolgore.js").write_text(json.dumps({str(path): known}))
     path.rename(spool / ".m1")
     relay = scripted()
@@ -6105,7 +6250,7 @@ def test_a_spool_by_another_path_keeps_its_status(spool, tmp_path, scripted, run
         other.symlink_to(spool)
     before = asked_for(relay)
     shown = spoolgore_run("-status", other)
-    assert "mails: 0 new, 0 waiting, 0 in flight, 2 deferred, 1 given up, 0 unusable" in shown.stdout
+    assert "mails: 0 new, 0 waiting, 0 in flight, 2 deferred, 1 given up, 0 unusable, 0 held" in shown.stdout
     daemon = run("-once", "-smtpaddr", relay.address, directory=other)
     assert asked_for(relay) == before and daemon.status_code == 75
     entries = json.loads((other / ".spoolgore.js").read_text())
@@ -6397,7 +6542,7 @@ def test_a_spool_is_taken_over_from_the_original_and_can_be_given_back(spool, re
     entries = json.loads((spool / ".spoolgore.js").read_text())
     assert list(entries) == [f"{spool}/m1"]
     entry = entries[f"{spool}/m1"]
-    assert list(entry) == ["From", "To", "Cc", "Bcc", "Attempts", "Enqueued"]
+    assert list(entry) == ["From", "To", "Cc", "Bcc", "Attempts", "Enqueued", "MessageID", "Stat"]
     assert (entry["From"], entry["Attempts"]) == ("Foo Bar <foo@example.com>", 0)
     people = [*entry["To"], *entry["Cc"], *entry["Bcc"]]
     assert [(person["Status"], person["Attempts"]) for person in people] == [(2, 0), (2, 2), (0, 1), (0, 1)]
@@ -9414,11 +9559,16 @@ def test_a_read_only_directory_is_said_once_stops_nobody_and_nothing_is_forgotte
 WHAT_A_CRASH_LEFT = {  # entries of the status file, the mail's place, to whom it is sent then, the entries that are left
     "before the file of a delivered mail was removed": ({"m1": [(2, "")]}, "m1", [], {}),
     "before a mail that is given up was moved": ({"m1": [(2, "550 no"), (2, "")]}, "m1", [], {".failed/m1": [(2, "550 no"), (2, "")]}),
+    "before its move was written, and its user moved it back": ({"m1": [(2, "550 no"), (2, "")]}, "back", ["r0@x.org"], {}),
     "before its move was written": ({"m1": [(2, "550 no"), (2, "")]}, ".failed/m1", [], {".failed/m1": [(2, "550 no"), (2, "")]}),
     "before it was written that it is back": ({".failed/m1": [(2, "550 no"), (2, "")]}, "m1", ["r0@x.org"], {}),
     "in mid-transaction": ({"m1": [(2, ""), (1, ""), (0, "")]}, "m1", ["r1@x.org", "r2@x.org"], {}),
     "before the removal of a mail was written": ({"m1": [(1, "")], "gone": [(1, "")]}, "m1", ["r0@x.org"], {}),
 }  # fmt: skip
+
+
+def changed_at(path):
+    return os.stat(path).st_ctime_ns
 
 
 @pytest.mark.parametrize("case", WHAT_A_CRASH_LEFT)
@@ -9436,6 +9586,10 @@ def test_the_start_after_a_crash(spool, relay, run, case):
     for name in before:
         (spool / name).unlink()
     (spool / place).write_text(mail(", ".join(addresses)))
+    os.utime(spool / ".spoolgore.js")  # it was written last
+    if place == "back":
+        wait_until(lambda: os.utime(spool / place) or changed_at(spool / place) > changed_at(spool / ".spoolgore.js"))
+        (spool / place).rename(spool / "m1")
     assert run("-once", "-smtpaddr", relay.address).status_code == 0
     assert sent_to(relay) == sent and names(spool) == []
     text = json.loads((spool / ".spoolgore.js").read_text())
@@ -9884,7 +10038,7 @@ def drop(request):
     demand("install", root=True)
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
         os.chmod(parent, 0o755)
-        command = re.search(r"`(install -d .* -m 3733 )/var/spool/mailout`", README.read_text())[1]
+        command = re.search(r"`(install -d .* -m 3733 )/var/spool/sendmail`", README.read_text())[1]
         words = command.replace("mailout", str(MAILOUT)).split()
         subprocess.run([*words, f"{parent}/drop"], check=True)
         yield Path(parent) / "drop"
@@ -9993,6 +10147,17 @@ def put_status(spool, entries):
     (spool / ".spoolgore.js").write_text(text)
 
 
+def test_status_shows_what_is_held(spool):
+    put_status(spool, {"m1": entry(recipient(attempts=3, error="451 later")), "m2": entry(), "gone": entry()})
+    (spool / "m1").rename(spool / ".m1")
+    (spool / "gone").unlink()
+    shown = spoolgore_run("-status", spool)
+    assert " 1 held\n" in shown.stdout and "gone" not in shown.stdout
+    assert re.search(r"^m1 +held .* - +451 later$", shown.stdout, re.MULTILINE)
+    shown = spoolgore_run("-status", spool, "m1")
+    assert "  held, for" in shown.stdout
+
+
 def entry(*recipients, **more):
     known = {"From": "Shop <shop@example.org>", "To": list(recipients), "Cc": [], "Bcc": [], "Attempts": 0}
     return {**known, "Enqueued": "2026-11-24T06:37:24Z", **more}
@@ -10022,7 +10187,7 @@ def test_status_of_every_kind_of_mail(spool):
     assert done.returncode == 69
     text, table = done.stdout.split("\n\n")
     assert "daemon: not running" in text
-    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 2 unusable" in text
+    assert "1 new, 2 waiting, 0 in flight, 2 deferred, 1 given up, 2 unusable, 0 held" in text
     assert "error: 2 x 451 later" in text
     rows = {line.split()[0]: re.split(r"  +", line) for line in table.splitlines()[1:]}
     assert rows["deferred"][3:] == ["shop@example.org", "a@x.org +1", "3", "59m", "451 later"]
