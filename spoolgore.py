@@ -246,6 +246,8 @@ class Log:
 
 def one_line(text):
     """Text without anything that could break the line or steer a terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else " " if c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -4780,9 +4782,10 @@ class Delivery:
         """Transactions until nobody is due; then see what became of the mail."""
         mail, now = self.mail, self.spooler.clock()
         forced, mail.forced = mail.forced, False
-        waiting = [recipient for recipient in recipients(mail.entry) if recipient["Status"] == 0]
+        everybody = recipients(mail.entry)
+        due = [each for each in everybody if each["Status"] == 0 and (forced or next_attempt_of(each) <= now)]
         try:
-            self.transact_all([each for each in waiting if forced or next_attempt_of(each) <= now])
+            self.transact_all(due)
         except (RelayDown, OutOfTurn) as error:  # nobody was asked: who was due is due
             interrupted(mail.entry, "" if self.spooler.stopping else str(error))
             mail.forced |= forced
@@ -4798,11 +4801,13 @@ class Delivery:
     def transact_all(self, due):
         """Transactions until nobody is due; addresses that are no good are given up. Raises RelayDown, OutOfTurn."""
         spooler, most = self.spooler, self.spooler.most
-        for recipient in due:
+        named, due = due, []
+        for recipient in named:
             if problem := address_problem(recipient["Address"]):
                 move(recipient, IN_FLIGHT, recipient["Error"])
                 self.give_up(recipient, f"553 5.1.3 not sent: {problem}", "bad address")
-        due = [recipient for recipient in due if recipient["Status"] == 0]
+            else:
+                due.append(recipient)
         while due and not (spooler.suspended or spooler.stopping):
             due = self.transact(due[:most]) + due[most:]
             if due:
