@@ -3828,7 +3828,7 @@ def moment_of(text):
     """parse_time() of anything; 0 if it is not a time."""
     try:
         return parse_time(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, KeyError):  # a slice may be a key from Python 3.12 on
         return 0.0
 
 
