@@ -159,6 +159,7 @@ import gevent.lock
 import gevent.monkey
 import gevent.pool
 import gevent.socket
+import gevent.util
 from gevent import subprocess
 
 try:
@@ -1210,6 +1211,25 @@ def changed(envelope, message, is_same, now):
     return fresh
 
 
+def file_mark(identity):
+    """A file's identity for the status file, without the device: that has another number after a reboot."""
+    return " ".join(map(str, identity[1:]))
+
+
+def set_file(envelope, identity, message_id=None):
+    """The entry remembers its file, and which message that is: either may be touched, moved away, edited."""
+    if message_id is not None:
+        envelope["MessageID"] = message_id
+    envelope["Stat"] = file_mark(identity)
+
+
+def is_changed(envelope, identity):
+    """Whether a file that was out of sight is not what its entry knows; the entry remembers that."""
+    if envelope.get("Stat", mark := file_mark(identity)) != mark:
+        envelope["Stat"] = CHANGED
+    return envelope.get("Stat") == CHANGED
+
+
 def interrupted(envelope, error=""):
     """What was in flight waits again; without an error it keeps the one that it had."""
     for recipient in recipients(envelope):
@@ -1822,9 +1842,14 @@ def at(path):
         yield path, None
         return
     directory, name = os.path.split(path)
-    handle = os.open(directory or ".", os.O_RDONLY | OPEN_DIRECTORY | open_flags("PATH"))
-    try:
+    with closed_after(os.open(directory or ".", os.O_RDONLY | OPEN_DIRECTORY | open_flags("PATH"))) as handle:
         yield name, handle
+
+
+@contextlib.contextmanager
+def closed_after(handle):
+    try:
+        yield handle
     finally:
         os.close(handle)
 
@@ -1909,31 +1934,21 @@ def off_the_hub(function, *arguments):
 
     Raises OSError when there can be no thread now.
     """
+    quiet = gevent.util.wrap_errors(Exception, function)  # gevent prints an exception that leaves its thread
     try:
-        result, error = gevent.get_hub().threadpool.apply(result_or_error, (function, *arguments))
+        result = gevent.get_hub().threadpool.apply(quiet, arguments)
     except RuntimeError as problem:
         raise OSError(errno.EAGAIN, f"no thread: {problem}") from None
-    if error:
-        raise error
+    if isinstance(result, Exception):
+        raise result
     return result
-
-
-def result_or_error(function, *arguments):
-    """(result, None) or (None, exception): an exception that leaves its thread is printed by gevent."""
-    try:
-        return function(*arguments), None
-    except Exception as error:  # noqa: BLE001
-        return None, error
 
 
 def sync_directory(path):
     """Make what was renamed or removed in it last through a power cut, where directories can be synced."""
     if os.name == "posix":
-        handle = os.open(path or ".", os.O_RDONLY | OPEN_DIRECTORY)
-        try:
+        with closed_after(os.open(path or ".", os.O_RDONLY | OPEN_DIRECTORY)) as handle:
             os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def describe(error):
@@ -1971,11 +1986,6 @@ def look(path, directory=None):
 def identity(status):
     """What tells that a name is still the same file with the same content."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def file_mark(identity):
-    """The same for the status file; devices have other numbers after a reboot."""
-    return " ".join(map(str, identity[1:]))
 
 
 def signature(status):
@@ -2148,7 +2158,7 @@ class Spool:
 
     def at_home(self, entries):
         """(path, entry) pairs of a status file with paths as this spool has them: the directory may have been moved,
-        or be reached by another name than before, and nobody should get a mail twice for it."""
+        or be reached by another name than before, and nobody should get a mail twice for it. Raises OSError."""
         homes = {self.directory: self.directory, self.failed: self.failed}  # where what was in a directory is now
         for path, entry in entries:
             parent, _, name = path.rpartition(os.sep)
@@ -2159,7 +2169,7 @@ class Spool:
     def _home_of(self, parent):
         is_failed = os.path.basename(parent) == ".failed"
         spool = os.path.dirname(parent) if is_failed else parent
-        if os.path.lexists(spool) and os.path.realpath(spool) != os.path.realpath(self.directory):
+        if look(spool) and os.path.realpath(spool) != os.path.realpath(self.directory):
             return parent
         return self.failed if is_failed else self.directory
 
@@ -2188,17 +2198,11 @@ class Spool:
             return []
         return [f"{self.failed}{os.sep}{name}" for name in names]
 
-    @contextlib.contextmanager
     def _opened_failed(self):
-        """The descriptor of .failed, if that is a directory which nobody else may write. Raises Untrusted, OSError."""
+        """A context with the descriptor of .failed, if only we may write that directory. Raises Untrusted, OSError."""
         if os.open not in os.supports_dir_fd:  # Windows
-            yield None
-            return
-        handle = open_state(self.failed, os.O_RDONLY | OPEN_DIRECTORY, self.owners, stat.S_ISDIR)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
+            return contextlib.nullcontext()
+        return closed_after(open_state(self.failed, os.O_RDONLY | OPEN_DIRECTORY, self.owners, stat.S_ISDIR))
 
     def mails(self):
         """The paths of the regular files. Raises OSError."""
@@ -2848,9 +2852,9 @@ def literal(sock):
     return f"[IPv6:{host}]" if ":" in host else f"[{host}]"
 
 
-def is_loopback(sock):
-    """Whether the other end is on this machine, so that nobody is between."""
-    host = ipaddress.ip_address(sock.getpeername()[0].partition("%")[0])
+def is_loopback(end):
+    """Whether an end of a connection, as (host, port...), is on this machine, so that nobody is between."""
+    host = ipaddress.ip_address(end[0].partition("%")[0])
     return (getattr(host, "ipv4_mapped", None) or host).is_loopback
 
 
@@ -3105,12 +3109,12 @@ class Security:
     def wants_starttls(self, opening):
         """In auto mode it is done whenever it is offered, but for this machine: nobody is between, and the certificate
         of a local relay is hardly ever one for localhost."""
-        offered = opening.has_extn("starttls")
-        if opening.connection.encrypted or self.mode == "off":
+        offered, connection = opening.has_extn("starttls"), opening.connection
+        if connection.encrypted or self.mode == "off":
             return False
         if self.mode == "starttls" and not offered:
             raise RelayError("the relay does not offer STARTTLS")
-        return offered and (self.mode == "starttls" or self.name or not is_loopback(opening.connection.sock))
+        return offered and (self.mode == "starttls" or self.name or not is_loopback(connection.sock.getpeername()))
 
     def encrypt(self, connection):
         """The TLS handshake; the certificate must bear the relay's name, or that of -tlsname."""
@@ -3156,7 +3160,7 @@ class Security:
     def _check_secrecy(self, mechanism, connection):
         """A password goes over TLS, or to this machine, or not at all; CRAM-MD5, from which one that is short can be
         found, in the clear only with -tls off. Raises RelayError."""
-        if not connection.encrypted and not is_loopback(connection.sock):
+        if not connection.encrypted and not is_loopback(connection.sock.getpeername()):
             if mechanism != "cram-md5":
                 raise RelayError("unencrypted connection")
             if self.mode != "off":
@@ -3194,6 +3198,11 @@ class Security:
 OURS_ALONE = ("SPOOLGORE_", "NOTIFY_SOCKET", "WATCHDOG_")
 
 
+def environment_of_commands(environ):
+    """What a command that we run finds in its environment: ours without what is ours alone."""
+    return {name: value for name, value in environ.items() if not name.startswith(OURS_ALONE)}
+
+
 def pass_on(stream):
     """What the password command complains of, as lines of the log, but no more than of a relay."""
     for number, line in enumerate(iter(functools.partial(stream.readline, ERROR_LIMIT), b"")):
@@ -3204,9 +3213,9 @@ def pass_on(stream):
 def first_line_of(command, seconds):
     """The first line that a shell command prints. Raises RelayError; its output is never part of the text.
 
-    What it writes to standard error goes to the log. Its environment is ours without what is ours alone.
+    What it writes to standard error goes to the log.
     """
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(OURS_ALONE)}
+    environ = environment_of_commands(os.environ)
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, shell=True, start_new_session=True, env=environ, **pipes)
     listener = gevent.spawn(pass_on, process.stderr)
@@ -3702,12 +3711,13 @@ class Turnstile:
         """Read the file, and write it anew with what still counts. Raises OSError."""
         if not self.rate.windows:
             return
-        now, lines = self.clock(), []
+        now = self.clock()
         try:
             lines = read_state(self.path).decode("ascii", "replace").splitlines(keepends=True)
         except FileNotFoundError:
-            pass
+            lines = []
         except Untrusted as error:
+            lines = []
             what = f"{error.strerror}: {set_aside(self.path, time.time())}"
             log(f"corrupt rate file {self.path}, {what}: -rate may not hold across this restart")
         if any(line[-1] == "\n" and not note_of(line) for line in lines):
@@ -4068,7 +4078,8 @@ def report_on(spool, names, lines, stream, now, in_json):
 
 
 def absence(path):
-    if os.path.lexists(path):
+    """Why nothing is known of a mail. Raises OSError."""
+    if look(path):
         return "is ignored: mails are regular files whose names do not begin with a dot"
     return "is not in the spool: it was sent, or removed, or never there"
 
@@ -4164,8 +4175,7 @@ class FailCommand:
 
     def __init__(self, spooler, environ):
         self.spooler, self.command = spooler, spooler.options.failcommand
-        secret = re.compile("SPOOLGORE_|WATCHDOG_|NOTIFY_SOCKET$")
-        self.environ = {name: value for name, value in environ.items() if not secret.match(name)}
+        self.environ = environment_of_commands(environ)
         self.line = deque()  # (mail, its entry as JSON); the command runs for the first
 
     def add(self, mail):
@@ -4525,7 +4535,7 @@ def listen_on(where):
             if os.name == "posix":  # elsewhere it would let two listen
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(name)
-            if not ipaddress.ip_address(name[0].partition("%")[0]).is_loopback:
+            if not is_loopback(name):
                 log(f"-http {where}: whoever can reach this address sees who gets mail")
         else:
             listener = bind_privately(where[5:])
@@ -4748,7 +4758,7 @@ class Delivery:
         if "Message-ID" in message.missing:
             known = str(entry.get("MessageID"))
             name = known if OUR_MESSAGE_ID.fullmatch(known) else new_message_id(message.sender, mail.identity[1:])
-        entry["MessageID"], entry["Stat"] = name, file_mark(mail.identity)
+        set_file(entry, mail.identity, name)
         if message.missing:
             message.add(max(enqueued(entry), 0) or mail.identity[3] / 1e9, name)
 
@@ -4801,8 +4811,8 @@ class Delivery:
     def transact_all(self, due):
         """Transactions until nobody is due; addresses that are no good are given up. Raises RelayDown, OutOfTurn."""
         spooler, most = self.spooler, self.spooler.most
-        named, due = due, []
-        for recipient in named:
+        asked, due = due, []
+        for recipient in asked:
             if problem := address_problem(recipient["Address"]):
                 move(recipient, IN_FLIGHT, recipient["Error"])
                 self.give_up(recipient, f"553 5.1.3 not sent: {problem}", "bad address")
@@ -4980,7 +4990,8 @@ class Delivery:
         if not is_same:
             return False
         queue.identify(mail, now)
-        mail.print, mail.entry["Stat"] = hash(now), file_mark(now)
+        mail.print = hash(now)
+        set_file(mail.entry, now)
         return True
 
 
@@ -5138,7 +5149,8 @@ class Lookout:
             envelope = aside.envelope()
             if not envelope_problem(envelope):
                 requeue(envelope, self.spooler.clock())
-                is_changed(envelope, look(mail.path))
+                if status := look(mail.path):
+                    is_changed(envelope, identity(status))
             mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
             self.queue.drop(aside)
 
@@ -5166,8 +5178,9 @@ class Lookout:
         """A file has the name of a mail that was held: it goes on where it was, if the file is its own."""
         with contextlib.suppress(OSError):  # the next scan will see
             if status := look(mail.path):
-                mail.print, envelope = hash(identity(status)), mail.envelope()
-                if isinstance(envelope, dict) and is_changed(envelope := {"Stat": "", **envelope}, status):
+                known, envelope = identity(status), mail.envelope()
+                mail.print = hash(known)
+                if isinstance(envelope, dict) and is_changed(envelope := {"Stat": "", **envelope}, known):
                     mail.entry = pack(mail.path, envelope)
                     self.queue.rest(mail, 0.0)
                     mail.forced = True
@@ -5175,13 +5188,6 @@ class Lookout:
                     self.queue.rest(mail, due_at(mail))
                 self.spooler.status.wanted.set()
                 self.spooler.wake.set()
-
-
-def is_changed(envelope, status):
-    """Whether a file that was out of sight is not what its entry knows; the entry remembers that."""
-    if status and envelope.get("Stat", mark := file_mark(identity(status))) != mark:
-        envelope["Stat"] = CHANGED
-    return envelope.get("Stat") == CHANGED
 
 
 def due_at(mail):
@@ -5595,10 +5601,12 @@ def set_up_signals(spooler):
 
 
 def check_status_path(path):
-    """Raises UsageError for a path that no status file can have."""
-    if not os.path.isdir(os.path.dirname(path)):
-        raise bad_value("json", path, "its directory does not exist")
-    if os.path.lexists(path) and not os.path.isfile(path):
+    """Raises UsageError for a path that no status file can have, OSError."""
+    try:
+        os.stat(os.path.join(os.path.dirname(path), ""))
+    except (FileNotFoundError, NotADirectoryError):
+        raise bad_value("json", path, "its directory does not exist") from None
+    if look(path) and not os.path.isfile(path):
         raise bad_value("json", path, "not a regular file")
 
 
@@ -5618,30 +5626,40 @@ def serve(options):
     if options.http:
         spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
-    # an error outside of everything of ours; gevent would print its traceback
-    gevent.get_hub().print_exception = lambda _context, _kind, error, _trace: spooler.say(
-        "gevent", f"unexpected: {describe(error)}"
-    )
+    catch_faults_of_gevent(spooler)
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
     spooler.publish()
-    try:
-        status.load()
-        entries = [mail.entry for mail in queue.mails.values()] if options.json else []
-        if entries and not any(b'"From":' in entry for entry in entries):
-            raise CorruptStatus("no entry is a mail's")
-    except CorruptStatus as error:
-        if options.json:  # it may be a file of somebody else
-            raise
-        status.set_aside(time.time(), error)
+    load_status(status, is_named=bool(options.json))
     turnstile.load()
     gc.freeze()  # what is there now stays: the collector need not look at it again
     if options.once and sys.stderr.isatty():
         show_progress(spooler)
-    status = spooler.run()
+    exit_status = spooler.run()
     if log.progress is not None:
         log.show("")
-    return status
+    return exit_status
+
+
+def catch_faults_of_gevent(spooler):
+    """An error outside of everything of ours is one line; gevent would print its traceback."""
+    gevent.get_hub().print_exception = lambda _context, _kind, error, _trace: spooler.say(
+        "gevent", f"unexpected: {describe(error)}"
+    )
+
+
+def load_status(status, is_named):
+    """Read the status file. A corrupt one is set aside, but one that -json names may be somebody else's file. Raises
+    CorruptStatus, OSError."""
+    try:
+        status.load()
+        entries = [mail.entry for mail in status.queue.mails.values()] if is_named else []
+        if entries and not any(b'"From":' in entry for entry in entries):
+            raise CorruptStatus("no entry is a mail's")
+    except CorruptStatus as error:
+        if is_named:
+            raise
+        status.set_aside(time.time(), error)
 
 
 def show_progress(spooler):
