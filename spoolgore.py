@@ -2317,6 +2317,15 @@ class Spool:
             names = [entry.name for entry in entries if entry.inode() == known[1]]
         return [path for path in self.named(names) if self.leads_to(path, known)]
 
+    def links(self, path, known):
+        """How many names the file of this identity has by now; 0 if the path is none of them, or its content changed.
+        Raises OSError."""
+        try:
+            status = os.lstat(path)
+        except OSError:
+            status = self.look(path)
+        return status.st_nlink if status and identity(status) == known else 0
+
     @staticmethod
     def leads_to(path, known):
         """Whether a path is a name of the file of this identity. Raises OSError."""
@@ -4613,6 +4622,28 @@ class OutOfTurn(Exception):
     """-rate has no room yet for the recipients that the mail needs next."""
 
 
+def name_message(mail, message):
+    """The entry remembers which message it is of, and which file: both may be touched, and be held."""
+    entry, name = mail.entry, message.message_id
+    if "Message-ID" in message.missing:
+        known = str(entry.get("MessageID"))
+        name = known if OUR_MESSAGE_ID.fullmatch(known) else new_message_id(message.sender, mail.identity[1:])
+    set_file(entry, mail.identity, name)
+    if message.missing:
+        message.add(max(enqueued(entry), 0) or mail.identity[3] / 1e9, name)
+
+
+def judged(mail, envelope, message, now):
+    """The file was changed while it was held or in .failed: is it the same mail? In doubt it is another one. Returns
+    the entry that it has from now on."""
+    is_same = bool(message.message_id) and message.message_id == envelope.get("MessageID")
+    verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
+    if not is_same and (has := [each["Address"] for each in recipients(envelope) if state(each) == DELIVERED]):
+        verdict += f", and goes to {', '.join(has)} again"
+    log(f"{named(mail.path)} was changed while it was away, and {verdict}")
+    return changed(envelope, message, is_same, now)
+
+
 class Delivery:
     """See the head of this section. mail: FLYING; it may turn out to be another one that was renamed."""
 
@@ -4741,7 +4772,7 @@ class Delivery:
                 self.message = off_the_hub(Message, self.file, self.size)
             mail.forced |= mail.entry is None
             mail.entry = new_envelope(self.message, self.spooler.clock()) if mail.entry is None else self.envelope()
-            self.name_message()
+            name_message(mail, self.message)
         except BadMessage as error:
             return self.stick(self.shown(f"unable to parse mail file, {error}"))
         except CorruptStatus as error:
@@ -4751,17 +4782,6 @@ class Delivery:
         self.spooler.status.wanted.set()
         return True
 
-    def name_message(self):
-        """The entry remembers which message it is of, and which file: both may be touched, and be held."""
-        mail, message = self.mail, self.message
-        entry, name = mail.entry, message.message_id
-        if "Message-ID" in message.missing:
-            known = str(entry.get("MessageID"))
-            name = known if OUR_MESSAGE_ID.fullmatch(known) else new_message_id(message.sender, mail.identity[1:])
-        set_file(entry, mail.identity, name)
-        if message.missing:
-            message.add(max(enqueued(entry), 0) or mail.identity[3] / 1e9, name)
-
     def envelope(self):
         """The mail's own entry, to change. Raises CorruptStatus."""
         mail = self.mail
@@ -4769,40 +4789,30 @@ class Delivery:
         if problem := envelope_problem(envelope):
             raise CorruptStatus(problem)
         if envelope.get("Stat") == CHANGED and recipients(envelope):
-            return self.changed(envelope)
+            return judged(mail, envelope, self.message, self.spooler.clock())
         renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):
             kept = f"{named(mail.path)} keeps the recipients of the first mail of its name, and not {others}"
             self.spooler.say(f"{mail.path} recipients", kept)
         return envelope
 
-    def changed(self, envelope):
-        """The file was changed while it was held or in .failed: is it the same mail? In doubt it is another one."""
-        name, mail = self.message.message_id, self.mail
-        is_same = bool(name) and name == envelope.get("MessageID")
-        verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
-        if not is_same and (has := [each["Address"] for each in recipients(envelope) if state(each) == DELIVERED]):
-            verdict += f", and goes to {', '.join(has)} again"
-        log(f"{named(mail.path)} was changed while it was away, and {verdict}")
-        return changed(envelope, self.message, is_same, self.spooler.clock())
-
     # -- its transactions
 
     def deliver(self):
         """Transactions until nobody is due; then see what became of the mail."""
-        mail, now = self.mail, self.spooler.clock()
+        mail, spooler, now = self.mail, self.spooler, self.spooler.clock()
         forced, mail.forced = mail.forced, False
         everybody = recipients(mail.entry)
         due = [each for each in everybody if each["Status"] == 0 and (forced or next_attempt_of(each) <= now)]
         try:
             self.transact_all(due)
         except (RelayDown, OutOfTurn) as error:  # nobody was asked: who was due is due
-            interrupted(mail.entry, "" if self.spooler.stopping else str(error))
+            interrupted(mail.entry, "" if spooler.stopping else str(error))
             mail.forced |= forced
             self.settle(error)
         except BaseException:
             interrupted(mail.entry)  # else those in flight would stay so until the next start
-            if not self.links():
+            if not spooler.spool.links(mail.path, mail.identity):
                 self.settle()
             raise
         else:
@@ -4910,7 +4920,7 @@ class Delivery:
         if end != DELIVERED:
             known = spooler.status.commit(mail)
             end = state_of_all(mail.entry)  # that took time, and an edit may have come
-        links = self.links()
+        links = spooler.spool.links(mail.path, mail.identity)
         if not links:
             return False
         if end == DELIVERED:
@@ -4927,14 +4937,6 @@ class Delivery:
             queue.rest(mail, 0.0 if mail.forced else next_attempt(mail.entry))
         return True
 
-    def links(self):
-        """How many names the file has by now; 0 if the mail's path is no longer one of them, or its content changed."""
-        try:
-            status = os.lstat(self.mail.path)
-        except OSError:
-            status = self.spooler.spool.look(self.mail.path)
-        return status.st_nlink if status and identity(status) == self.mail.identity else 0
-
     def is_done(self, finish, links):
         """False when its file is not there; else it goes now, or later: its entry remembers that it is settled."""
         mail, spooler = self.mail, self.spooler
@@ -4945,7 +4947,7 @@ class Delivery:
             self.file.close()  # Windows removes and renames no file that is open
             finish(paths)
         except OSError as error:
-            if not self.links():  # it was renamed or removed a moment ago
+            if not spooler.spool.links(mail.path, mail.identity):  # it was renamed or removed a moment ago
                 return False
             reason = describe(error) if isinstance(error, Untrusted) else error.strerror
             text = f"{self.path} is settled, unable to remove it, {reason} (it is tried again)"
@@ -4979,10 +4981,9 @@ class Delivery:
         mail, queue = self.mail, self.spooler.queue
         if self.file.closed:
             return False
-        now, before = identity(os.fstat(self.file.fileno())), mail.identity
+        now, before, message = identity(os.fstat(self.file.fileno())), mail.identity, self.message
         if now == before or now[:3] != before[:3]:
             return False
-        message = self.message
         if message.whole is not None:
             is_same = message.is_unchanged()
         else:  # copiers that set the time set one that is past
@@ -5158,7 +5159,7 @@ class Lookout:
 
     def is_held(self, mail):
         """Whether its user holds it: its entry waits for its name, ASIDE. What comes back may be another file: see
-        Delivery.changed(). Raises OSError."""
+        judged(). Raises OSError."""
         parent, name = os.path.split(mail.path)
         path = self.spool.path(name)
         if mail.entry is None or len(name.encode("utf-8", "replace")) >= NAME_LIMIT or not look(hidden(path, "")):
