@@ -495,13 +495,26 @@ SYSTEM_PATH = os.pathsep.join(
 
 
 def demand(*programs, root=False):
-    """The programs' paths. Without one of them the test is skipped, or fails where everything must be there (CI)."""
+    """The programs' paths. Without one of them the test ends."""
     found = [shutil.which(program, path=SYSTEM_PATH) for program in programs]
     lacking = [program for program, path in zip(programs, found) if not path]
     lacking += ["root"] if root and os.geteuid() != 0 else []
     if lacking:
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {' and '.join(lacking)}")
+        is_lacking(" and ".join(lacking))
     return found
+
+
+def is_lacking(what):
+    """Ends the test: it is skipped, or fails where everything must be there (CI)."""
+    (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"needs {what}")
+
+
+def open_terminal():
+    """Both ends of a pseudo-terminal: ours and the program's."""
+    try:
+        return os.openpty()
+    except (AttributeError, OSError):
+        return is_lacking("a terminal: /dev/ptmx and devpts on /dev/pts")
 
 
 # ------------------------------------------------- a relay that follows a script
@@ -6450,7 +6463,7 @@ def test_a_name_that_looks_like_a_line_of_the_log(spool, status, logged):
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_a_mail_does_not_steer_the_terminal_that_it_is_printed_on(is_terminal):
     content = b"To: a@x.org\nSubject: x\n\tfolded\n\n\x1b]0;title\x07 \x9b2J gr\xc3\xbc\xc3\x9fe \xc2\x9b1m\n"
-    ours, theirs = os.openpty() if is_terminal else os.pipe()[::-1]
+    ours, theirs = open_terminal() if is_terminal else os.pipe()[::-1]
     if is_terminal:
         ours, theirs = theirs, ours
         attributes = termios.tcgetattr(ours)
@@ -8275,7 +8288,7 @@ def own_address():
         sock.connect(("203.0.113.1", 25))  # sends nothing
         if not ip_address(sock.getsockname()[0]).is_loopback:
             return sock.getsockname()[0]
-    return (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("needs an address beside 127.0.0.1")
+    return is_lacking("an address beside 127.0.0.1")
 
 
 def test_auto_encrypts_to_every_other_machine(spool, run, relay_with, certificates):
@@ -10434,10 +10447,9 @@ def test_status_shows_no_control_characters(spool):
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", spoolgore_run("-status", spool).stdout)
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
 def test_status_is_cut_to_the_terminal(spool):
     put_status(spool, {"m1": entry(recipient(error="x" * 300))})
-    master, slave = os.openpty()
+    master, slave = open_terminal()
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "-status", str(spool)], stdout=slave, env={**os.environ, "COLUMNS": "60"}
     )
@@ -10463,13 +10475,12 @@ def test_progress_is_logged(spool, start, scripted):
     assert daemon.stop() == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
 def test_progress_on_a_terminal_is_one_line(spool, scripted):
     relay = scripted()
     gate = threading.Event()
     relay.replies = {"MAIL": lambda line: gate.wait(PATIENCE) and None}
     put(spool, "m1", mail())
-    master, slave = os.openpty()
+    master, slave = open_terminal()
     command = [sys.executable, str(SCRIPT), "-once", "-smtpaddr", relay.address, str(spool)]
     process = subprocess.Popen(command, stderr=slave)
     os.close(slave)
