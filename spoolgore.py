@@ -4236,7 +4236,8 @@ class FailCommand:
 #    at a time, and what it found is good for twenty times as long as the look took.
 # 3. What comes from a mail, a relay or a file's name gets into the page through shown_text() only.
 
-PAGE_ROWS, PAGE_SLICE = 100, 200  # mails that are shown, and looked at in one turn
+PAGE_ROWS, PAGE_SLICE = 100, 200  # mails that are shown, and looked at together
+TURN_SECONDS = 0.005  # how long the page does something before everybody else has a turn
 PAGE_SECONDS = 1  # how long an answer is good
 TEXT = "text/plain; charset=utf-8"
 REQUEST_LIMIT, REQUEST_SECONDS, ANSWER_SECONDS = 8192, 5, 10
@@ -4404,14 +4405,15 @@ class Page:
     def page(self):
         spooler, now, summary = self.spooler, self.spooler.clock(), self.summary()
         where, troubles = shown_text(spooler.spool.directory), summary["attention"]
-        rows = "".join(map(html_row, itertools.islice(table(summary["lines"], now, held_by(summary)), 1, None)))
+        rows = [html_row(row) for row in in_turns(table(summary["lines"], now, held_by(summary)))]
+        rows[0] = f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>"
         sections = {
             "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
             "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in summary["mails"].items()],
             "Relays": [html_relay(relay, now) for relay in summary["relays"]],
             "The last 60 minutes": [chart(spooler.tally, [*self.marks, tuple(spooler.tally.values())])],
             "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in summary["errors"].most_common(10)],
-            f"The first {PAGE_ROWS} mails": [f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"],
+            f"The first {PAGE_ROWS} mails": [*rows, "</table>"],
         }
         return "200 OK", "text/html", "".join([
             "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=10>"
@@ -4428,7 +4430,7 @@ def look_through(mails, now):
     mail that waits was first seen, in seconds since 1970; 0 if none waits.
     """
     first, errors, kinds, oldest, other = [], collections.Counter(), collections.Counter(), b"~", 0.0
-    for start in range(0, len(mails), PAGE_SLICE):
+    for start in in_turns(range(0, len(mails), PAGE_SLICE)):
         some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
         shown = [*filter(is_shown, first), *some]
         first = heapq.nsmallest(PAGE_ROWS, shown, key=lambda mail: (ORDER[mail.state], mail.due))
@@ -4442,11 +4444,21 @@ def look_through(mails, now):
         others = [mail for mail in waiting if not isinstance(mail.entry, bytes)]
         moments = [other, *(enqueued(mail.entry) or written(mail.path) for mail in others)]
         other = min(filter(None, moments), default=0.0)
-        gevent.sleep(0)
-    lines = sorted(filter(None, (page_line(mail, now) for mail in first)))
+    lines = sorted(filter(None, (page_line(mail, now) for mail in in_turns(first))))
     unsendable = {kind: kinds[kind] for kind in ("unusable", "given up")}
     oldest = min(filter(None, [other, max(0.0, moment_of(oldest.decode()))]), default=0.0)
     return lines, errors, unsendable, oldest
+
+
+def in_turns(things):
+    """The things one by one. Everybody else has a turn now and then; a sleep of 0 would not do, since gevent looks at
+    its sockets only once in fifty of these."""
+    until = time.monotonic() + TURN_SECONDS
+    for thing in things:
+        yield thing
+        if time.monotonic() > until:
+            gevent.sleep(0.001)
+            until = time.monotonic() + TURN_SECONDS
 
 
 def written(path):
@@ -4465,8 +4477,7 @@ def is_shown(mail):
 
 
 def page_line(mail, now):
-    """A mail's Line, None if it left; very many recipients are only counted. The others run between two of these."""
-    gevent.sleep(0)
+    """A mail's Line, None if it left; very many recipients are only counted."""
     if not is_shown(mail):
         return None
     entry = mail.entry
@@ -4502,7 +4513,6 @@ def html_relay(relay, now):
 
 
 def html_row(row):
-    gevent.sleep(0)  # the other greenlets run between two rows
     return f"<tr>{''.join(f'<td data-name={name!r}>{shown_text(cell)}' for name, cell in zip(TITLES, row))}"
 
 

@@ -10789,7 +10789,7 @@ def test_a_hundred_thousand_mails_take_the_loop_for_milliseconds(spool, status, 
         steps.append(time.thread_time() - began[0])
         assert code == (503 if path == "/health" and "waiting" in text else 200)
         assert path != "/" or (len(re.findall("<tr><td", text)) == 100 and "<p>100000 x 451: no" in text)
-    assert max(steps) < 0.02 and len(steps) > 1000
+    assert max(steps) < 0.02 and len(steps) > 50
     steps.clear()
     ask("/metrics", fresh=False)
     assert not steps, "what was found a moment ago is looked for again"
@@ -10846,6 +10846,7 @@ def test_a_mail_may_leave_while_the_page_is_drawn(spool, status, monkeypatch, tu
     """At any of the switches: of the look through the queue, and of the table."""
     ask, spooler = page_of(spool, status)
     monkeypatch.setattr(spoolgore, "PAGE_SLICE", 1)
+    monkeypatch.setattr(spoolgore, "TURN_SECONDS", -1)
     turns = itertools.count(1)
     for name in ("m1", "m2"):
         mail = spooler.queue.add(f"{spooler.spool.directory}/{name}")
@@ -10853,7 +10854,7 @@ def test_a_mail_may_leave_while_the_page_is_drawn(spool, status, monkeypatch, tu
         spooler.queue.line_up(mail, spooler.queue.old)
 
     def sleep(seconds):
-        if next(turns) == {1: 1, 2: 3}[turn]:
+        if next(turns) == turn:
             spooler.queue.drop(spooler.queue.mails[f"{spooler.spool.directory}/m1"])
 
     monkeypatch.setattr(spoolgore.gevent, "sleep", sleep)
