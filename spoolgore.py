@@ -1614,7 +1614,7 @@ def read_status(path, owners=None):
 
 
 def pieces(text):
-    """A JSON object's text as several with one of its entries each, if they stand as this program and the original
+    """A JSON object's text as several with some of its entries each, if they stand as this program and the original
     write them: to parse all of a large file at once takes much memory."""
     if not (text.startswith(b'{\n\t"') and text.rstrip().endswith(b"\n}")):
         yield text.strip() or b"{}"
@@ -3531,7 +3531,7 @@ class Relay:
         self.on_news()
 
     def fact(self):
-        """As data: see fact_texts()."""
+        """How it is, as data."""
         again, reason = self.down and format_time(self.again), self.down.removeprefix(f"{self.name}: ")
         return {"address": self.name, "state": "down" if self.down else "up", "again": again, "reason": reason}
 
@@ -3914,7 +3914,7 @@ def line_of(path, entry, mtime=modified, running=True, whole=False):
         return Line(math.inf, "unusable", path, since, error=f"malformed entry: {problem}")
     if not running:
         interrupted(entry)
-    everybody = recipients(entry)
+    everybody, text = recipients(entry), json.dumps(entry) if whole else "null"
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     concerned = left or [recipient for recipient in everybody if recipient["Error"]]
     first = concerned[0] if len(concerned) == 1 else min(concerned, key=next_attempt_of, default=NOBODY)
@@ -3924,7 +3924,6 @@ def line_of(path, entry, mtime=modified, running=True, whole=False):
     error = error or ("" if concerned or not everybody else "delivered, but the file is still there")
     kinds = [kind_of(each["Status"], each["Attempts"], each["Error"]) for each in everybody]
     kind = "unusable" if error else min(kinds, key=FOREMOST.index, default="unusable")
-    text = json.dumps(entry) if whole else "null"
     sender = address_in(str(entry.get("From") or ""))
     return Line(due, kind, path, since, sender, recipient, first["Attempts"], error or first["Error"], text)
 
@@ -3935,8 +3934,7 @@ def plain_line(path, values, mtime, whole):
     if "\\" in packed:
         sender, address, error = text_in(sender), text_in(address), text_in(error)
     attempts = int(attempts)
-    kind = kind_of(int(status), attempts, error)
-    if kind == "unusable":
+    if (kind := kind_of(int(status), attempts, error)) == "unusable":
         raise ValueError
     due = minute_of(minute) + float(second) if status == "0" else math.inf
     since = minute_of(since) + float(and_second) or mtime(path)
@@ -3955,18 +3953,17 @@ def kind_of(status, attempts, error):
     return "in flight" if status == 1 else "deferred" if attempts or error else "waiting"
 
 
-@functools.lru_cache(maxsize=10_000)  # few applications send
 def address_in(field):
     return field.rpartition("<")[2].partition(">")[0]
 
 
 @functools.lru_cache(maxsize=10_000)
 def ago(seconds):
-    """A duration in seconds in its largest unit: 45s, 12m, 3h, 2d."""
-    if seconds < 60:
-        return f"{max(0, seconds):.0f}s"
-    unit = "d" if seconds >= 86400 else "h" if seconds >= 3600 else "m"
-    return f"{int(seconds // UNITS[unit])}{unit}"
+    """A duration in its largest unit: 45s, 12m, 3h, 2d."""
+    for unit in "dhm":
+        if seconds >= UNITS[unit]:
+            return f"{int(seconds // UNITS[unit])}{unit}"
+    return f"{max(0, seconds):.0f}s"
 
 
 # What differs between errors that mean the same: addresses, numbers in brackets, names of queue files.
@@ -3976,7 +3973,6 @@ PARTICULAR = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=10_000)
 def alike(error):
     """An error less what is particular to it."""
     return " ".join(filter(None, map(general, error[:500].split()))).replace(" :", ":").strip(" :")
@@ -4007,30 +4003,23 @@ class Tally:
             yield from some
 
 
-def fact_texts(facts):
-    """The facts as Spool.publish() takes them."""
-    texts = {}
+def fact_text(relay):
+    """Relay.fact() for the lock file."""
+    return f"{relay['state']}, tried again {relay['again']}, {relay['reason']}" if relay["again"] else relay["state"]
+
+
+def relays_of(facts):
+    """A fact_text() in the facts of a daemon, for each relay, as data again."""
     for key, value in facts.items():
-        for relay in value if key == "relays" else ():
-            form = "{state}" if relay["state"] == "up" else "{state}, tried again {again}, {reason}"
-            texts[f"relay {relay['address']}"] = form.format(**relay)
-        if key != "relays":
-            texts[key] = value
-    return texts
+        if key.startswith("relay "):
+            state, again, reason = [*value.split(", ", 2), "", ""][:3]
+            again = again.replace("tried again ", "", 1)
+            yield {"address": key[6:], "state": state, "again": again, "reason": reason}
 
 
-def facts_of(texts):
-    """The facts that fact_texts() made these of, as far as they are there; None for None."""
-    return texts and {**texts, "relays": [relay_of(*item) for item in texts.items() if item[0].startswith("relay ")]}
-
-
-def relay_of(key, value):
-    state, again, reason = [*value.split(", ", 2), "", ""][:3]
-    return {"address": key[6:], "state": state, "again": again.replace("tried again ", "", 1), "reason": reason}
-
-
-def summary_of(tally, facts, now, older=math.inf):
-    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds."""
+def summary_of(tally, facts, now, older=math.inf, relays=None):
+    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds; relays: the
+    fact() of each, if they are at hand."""
     facts, oldest = facts or {}, tally.oldest
     state = "not running" if not facts else "suspended" if facts.get("suspended") == "yes" else "running"
     is_today = facts.get("today") == time.strftime("%Y-%m-%d", time.localtime(now))
@@ -4038,7 +4027,7 @@ def summary_of(tally, facts, now, older=math.inf):
         "daemon": state,
         **{key: facts.get(key) for key in ("version", "since")},
         "pid": int_or_zero(facts.get("pid")),
-        "relays": facts.get("relays", []),
+        "relays": [*relays_of(facts)] if relays is None else relays,
         "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
         "sent": int_or_zero(facts.get("sent")),
         "next_turn": facts.get("next turn"),
@@ -4156,7 +4145,7 @@ def report(options, stream, now):
     """
     spool, in_json = spool_of_others(options), options.format == "json"
     gc.disable()  # many small objects, none of them garbage
-    (failed, status), facts = failed_of(spool), facts_of(spool.owner())
+    (failed, status), facts = failed_of(spool), spool.owner()
     paths = [*spool.list(), *failed]
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
     lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names), held=spool.held())
@@ -4473,8 +4462,8 @@ class Page:
             self._found = tally, heapq.nsmallest(PAGE_ROWS, tally.passing(self.lines(now)))
             self._good_until = began + 21 * (time.monotonic() - began)
         tally, lines = self._found
-        facts = {"pid": str(os.getpid()), **spooler.facts()}
-        return summary_of(tally, facts, now, spooler.options.older), lines
+        relays = [relay.fact() for relay in spooler.relay.relays]
+        return summary_of(tally, spooler.facts(), now, spooler.options.older, relays), lines
 
     def lines(self, now):
         """A Line for each mail, also for what lies in .failed and is not known."""
@@ -5454,12 +5443,12 @@ class Spooler:
             self.publish()
 
     def facts(self):
-        """What nobody knows but the running daemon: a dict of texts, but for relays; moments are RFC 3339."""
+        """What nobody knows but the running daemon: a dict of texts; moments are RFC 3339."""
         today, sent = time.strftime("%Y-%m-%d"), self.tally["sent"]
         if today != self.today:
             self.today, self.sent_before = today, sent
         facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
-        facts["relays"] = [relay.fact() for relay in self.relay.relays]
+        facts.update((f"relay {relay.name}", fact_text(relay.fact())) for relay in self.relay.relays)
         facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
         if trouble := self.trouble():
             facts["trouble"] = trouble
@@ -5482,7 +5471,7 @@ class Spooler:
         self.next_facts = time.monotonic() + FACTS_SECONDS if facts != before else 0.0
         if facts != before:
             self.published = facts
-            self.spool.publish(fact_texts(facts))
+            self.spool.publish(facts)
 
     def condition(self):
         """One line for the service manager."""

@@ -3536,7 +3536,7 @@ FACTS.update({"sent": "90", "sent today": "7", "today": time.strftime("%Y-%m-%d"
 
 
 def test_what_status_says_above_the_table():
-    summary = spoolgore.summary_of(spoolgore.Tally(lines_for_summary()), spoolgore.facts_of(FACTS), NOW, 3600)
+    summary = spoolgore.summary_of(spoolgore.Tally(lines_for_summary()), FACTS, NOW, 3600)
     text = [*spoolgore.headlines(summary, NOW)]
     assert text[:6] == [
         "daemon: running, pid 4711, version 1.2.3, since 3d",
@@ -3568,7 +3568,7 @@ def test_what_status_says_above_the_table():
 )
 @pytest.mark.parametrize("older", [7199, 7200, math.inf])
 def test_when_somebody_should_look(change, lines, attention, older):
-    facts = spoolgore.facts_of({**FACTS, "relay b:25": "up", **change})
+    facts = {**FACTS, "relay b:25": "up", **change}
     if older >= 7200 and lines:
         attention = attention[:-1]
     summary = spoolgore.summary_of(spoolgore.Tally(lines_for_summary() if lines else []), facts, NOW, older)
@@ -3579,7 +3579,7 @@ def test_what_was_sent_yesterday_was_not_sent_today():
     assert spoolgore.summary_of(spoolgore.Tally(), {**FACTS, "today": "2020-01-01"}, NOW)["sent_today"] == 0
     damaged = dict.fromkeys(FACTS, "\x00 nonsense") | {"relay x": "", "suspended": ""}
     spoolgore.text_report(
-        [], spoolgore.summary_of(spoolgore.Tally(), spoolgore.facts_of(damaged), NOW), NOW
+        [], spoolgore.summary_of(spoolgore.Tally(), damaged, NOW), NOW
     )  # whoever edits that file gets no traceback
 
 
@@ -3614,7 +3614,7 @@ def test_what_a_mail_waits_for_whose_time_has_come(change, held):
     entries = [("/m1", envelope_to(addressee())), ("/m2", envelope_to(addressee(status=1)))]
     entries.append(("/m3", envelope_to(addressee(attempts=1, moment="2026-11-24T08:00:00Z"))))
     lines = spoolgore.lines_of(entries, ["/m4", *dict(entries)], NOW + 1, mtime=lambda path: NOW)
-    summary = spoolgore.summary_of(spoolgore.Tally(lines), spoolgore.facts_of({**FACTS, **change}), NOW + 1)
+    summary = spoolgore.summary_of(spoolgore.Tally(lines), {**FACTS, **change}, NOW + 1)
     rows = spoolgore.table(lines, NOW + 1, spoolgore.held_by(summary))
     assert {row[0]: row[6] for row in rows} == {"FILE": "NEXT IN", "m1": held, "m2": "now", "m3": "1h", "m4": held}
 
@@ -3636,7 +3636,7 @@ def test_what_was_just_given_up_has_the_entry_that_it_had(name):
 def test_the_report_stops_at_the_height_of_the_screen():
     entries = [(f"/spool/m{number:02}", envelope_to(addressee())) for number in range(20)]
     lines = spoolgore.lines_of(entries, [*dict(entries)], NOW, mtime=lambda path: NOW)
-    summary = spoolgore.summary_of(spoolgore.Tally(lines), spoolgore.facts_of(FACTS), NOW)
+    summary = spoolgore.summary_of(spoolgore.Tally(lines), FACTS, NOW)
     for height in (3, 17, 24):  # a screen that is too small has one row
         text = spoolgore.text_report(lines, summary, NOW, 80, height)
         rows = [line for line in text if line.startswith("m") and "waiting" in line[:15]]
