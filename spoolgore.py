@@ -3613,7 +3613,9 @@ def check(options, environ, say):
 def ask_for_leave(connection, address, witness):
     """MAIL and RCPT, then RSET. Raises OSError."""
     wire = wire_address(address)
-    utf8 = " SMTPUTF8" if not wire.isascii() and connection.offers.smtputf8 else ""
+    utf8 = "" if wire.isascii() else " SMTPUTF8"
+    if utf8 and not connection.offers.smtputf8:  # else a lenient relay would say yes, and get no such mail from us
+        raise RelayRefused(f"{address} needs SMTPUTF8, which the relay does not offer")
     for command in (f"MAIL FROM:<{wire}>{utf8}", f"RCPT TO:<{wire}>", "RSET"):
         connection.send(f"{command}\r\n".encode())
         reply = connection.reply()

@@ -8252,6 +8252,13 @@ def test_check_asks_for_leave_and_takes_it_back(scripted):
     assert verbs == [b"EHLO", b"MAIL", b"RCPT", b"RSET", b"QUIT"] and relay.mails.items == []
 
 
+def test_check_of_an_address_that_no_transaction_would_have_there(scripted):
+    relay = scripted()  # it says yes to everything
+    status, lines = checked("-smtpaddr", relay.address, "-checkto", "jörg@x.org")
+    reason = "jörg@x.org needs SMTPUTF8, which the relay does not offer"
+    assert (status, lines[-1]) == (1, f"{relay.address}: FAILED: {reason}")
+
+
 def test_check_of_a_recipient_that_is_refused_and_of_a_hostile_reply(scripted):
     def refuse(conversation):
         conversation.replies["RCPT"] = lambda line: b"550-no\x1b[2J\r\n550 such \xff user\r\n"
