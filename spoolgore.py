@@ -1560,6 +1560,36 @@ def unpack(packed):
     return next(iter(json.loads(b"{" + packed + b"}").values()))
 
 
+def plain_pattern():
+    """Matches what pack() makes of an entry with one recipient who is not in flight, as nearly all are: that takes a
+    tenth of the time of JSON and a look at each value."""
+    text = r'"([ !#-\[\]-~]*(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[ !#-\[\]-~]*)*)"'
+    values = {"TEXT": text, "STATUS": "([02])", "NUMBER": r"(0|[1-9]\d{0,8})", "NOBODY": r"(?:\[\]|null)"}
+    values.update(TIME=r'"(\d{4}-\d\d-\d\dT\d\d:\d\d):([0-5]\d(?:\.\d{1,9})?)Z"', ANY=r"(?:0|[1-9]\d*)")
+    person = dict(zip(RECIPIENT_KEYS, ("TEXT", "STATUS", "NUMBER", "TIME", "TEXT")))
+    entry = {"From": "TEXT", "To": [person], "Cc": "NOBODY", "Bcc": "NOBODY", "Attempts": "ANY", "Enqueued": "TIME"}
+    pattern = re.escape(pack("TEXT", {**entry, "MORE": 0}).decode())
+    for mark, value in values.items():
+        pattern = pattern.replace(f'"{mark}"', value)
+    more = rf'(?:,\n\t\t"(?:MessageID|Stat)": {text.replace("(", "(?:", 1)})*\n\t\}})(?=,\n\t"|\}}?\Z)'
+    return re.compile(f"({pattern[: pattern.rindex(',')]}{more}", re.ASCII)
+
+
+PLAIN_ENTRY = plain_pattern()
+
+
+def plain(packed):
+    """A packed entry's values, if it is plain, else None: the entry itself, its path, From, Address, Status, Attempts,
+    the minute and second of NextAttempt, Error, the minute and second of Enqueued. The strings are as in JSON."""
+    match = PLAIN_ENTRY.fullmatch(packed.decode("latin-1"))
+    return match and match.groups()
+
+
+def text_in(text):
+    """A string of JSON, less its quotes."""
+    return json.loads(f'"{text}"') if "\\" in text else text
+
+
 def repacked(path, entry):
     """A mail's entry for another path."""
     return pack(path, unpack(entry)) if isinstance(entry, bytes) else entry
@@ -1568,7 +1598,7 @@ def repacked(path, entry):
 def read_status(path, owners=None):
     """(path, entry) for each entry of a status file; none when there is no file. Raises CorruptStatus, OSError.
 
-    owners: as in distrust()."""
+    An entry is plain(), or whatever JSON says. owners: as in distrust()."""
     try:
         with naming_owner(path):
             text = read_state(path, owners)
@@ -1578,7 +1608,7 @@ def read_status(path, owners=None):
         raise CorruptStatus(error.strerror) from None
     try:
         for part in pieces(text):
-            yield from parsed(part).items()
+            yield from entries_in(part)
     except CorruptStatus:
         yield from parsed(text).items()  # raises, and knows the line
 
@@ -1592,8 +1622,17 @@ def pieces(text):
     start, end = 2, text.rindex(b"\n}")
     while (comma := text.find(b',\n\t"', start + CHUNK, end)) >= 0:
         yield b"{" + text[start:comma] + b"}"
-        start = comma + 1
+        start = comma + 2
     yield b"{" + text[start:end] + b"}"
+
+
+def entries_in(piece):
+    """(path, entry) for each entry in one of pieces(). Raises CorruptStatus."""
+    text = piece.decode("latin-1")
+    found = PLAIN_ENTRY.findall(text)
+    if sum(len(values[0]) + 2 for values in found) == len(text):  # there is nothing else in it
+        return [(text_in(values[1]), values) for values in found]
+    return parsed(piece).items()
 
 
 def parsed(text):
@@ -1667,6 +1706,11 @@ class Status:
             if not self.spool.may_be_mail(path):
                 others.append(path)
                 continue
+            if isinstance(envelope, tuple):
+                if envelope[4] == "0" and text_in(envelope[1]) == path:
+                    entries.append((path, envelope[0].encode()))
+                    continue
+                envelope = unpack(envelope[0].encode())
             if not envelope_problem(envelope):
                 interrupted(envelope, error)
                 if error and state_of_all(envelope) == GIVEN_UP and (moved := self._moved_back(path)):
@@ -1994,9 +2038,9 @@ def signature(status):
 
 
 def modified(path):
-    """When a file was written last, in seconds since 1970; 0 when it is gone."""
+    """When a file was written last, in seconds since 1970; 0 when it is gone, or is no regular file. Raises OSError."""
     status = look(path)
-    return status.st_mtime if status else 0.0
+    return status.st_mtime if status and stat.S_ISREG(status.st_mode) else 0.0
 
 
 def lease_refused(handle):
@@ -3496,9 +3540,9 @@ class Relay:
         self.on_news()
 
     def fact(self):
-        """``up``, or ``down, tried again TIME, REASON``."""
-        reason = self.down.removeprefix(f"{self.name}: ")
-        return f"down, tried again {format_time(self.again)}, {reason}" if self.down else "up"
+        """How it is, as data."""
+        again, reason = self.down and format_time(self.again), self.down.removeprefix(f"{self.name}: ")
+        return {"address": self.name, "state": "down" if self.down else "up", "again": again, "reason": reason}
 
 
 def probe_delay(failures, login_refused):
@@ -3578,7 +3622,9 @@ def check(options, environ, say):
 def ask_for_leave(connection, address, witness):
     """MAIL and RCPT, then RSET. Raises OSError."""
     wire = wire_address(address)
-    utf8 = " SMTPUTF8" if not wire.isascii() and connection.offers.smtputf8 else ""
+    utf8 = "" if wire.isascii() else " SMTPUTF8"
+    if utf8 and not connection.offers.smtputf8:  # else a lenient relay would say yes, and get no such mail from us
+        raise RelayRefused(f"{address} needs SMTPUTF8, which the relay does not offer")
     for command in (f"MAIL FROM:<{wire}>{utf8}", f"RCPT TO:<{wire}>", "RSET"):
         connection.send(f"{command}\r\n".encode())
         reply = connection.reply()
@@ -3791,6 +3837,7 @@ TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", 
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable", "held")
 PATIENT = KINDS[:4]  # the kinds that wait to be sent
 NOBODY = {"Address": "", "Attempts": 0, "Error": ""}
+MOST_ERRORS = 1000  # that are told from each other
 SPEED_SECONDS = 10  # mails a second are those of this time
 FAIL_SECONDS = 60  # -failcommand's time for one mail
 FAIL_LINE = 1000  # mails that wait for it at most
@@ -3818,20 +3865,20 @@ def lines_of(entries, paths, now, running=True, mtime=modified, whole=False, hel
     """
     left, lines, lost = set(paths), [], {}
     for path, entry in entries:
+        line = line_of(path, entry, mtime, running, whole)
         if path in left:
             left.remove(path)
-            lines.append(line_of(path, entry, enqueued(entry) or mtime(path), running, whole))
+            lines.append(line)
         elif path in held:
-            line = line_of(path, entry, enqueued(entry) or now, running, whole)
-            lines.append(line._replace(kind="held", due=math.inf))
-        elif not envelope_problem(entry) and state_of_all(entry) == GIVEN_UP:  # its new path is not written yet
-            lost[os.path.basename(path)] = entry
+            lines.append(held_line(line, now))
+        elif line.kind == "given up":  # its new path is not written yet
+            lost[os.path.basename(path)] = line
     for path in left:
         if since := mtime(path):
             name = os.path.basename(path)
-            entry = is_aside(path) and (lost.get(re.sub(r"\.\d+\Z", "", name)) or lost.get(name))
-            lines.append(line_of(path, entry, since, running, whole) if entry else line_without_entry(path, since, now))
-    return sorted(lines, key=operator.itemgetter(0, 1, 2))
+            line = is_aside(path) and (lost.get(re.sub(r"\.\d+\Z", "", name)) or lost.get(name))
+            lines.append(line._replace(path=path) if line else line_without_entry(path, since, now))
+    return sorted(lines)
 
 
 def is_aside(path):
@@ -3841,6 +3888,12 @@ def is_aside(path):
 def enqueued(entry):
     """When the mail was first seen, in seconds since 1970; 0 if the entry has no such time."""
     return moment_of(entry.get("Enqueued")) if isinstance(entry, dict) else 0.0
+
+
+@functools.lru_cache(maxsize=10_000)
+def minute_of(text):
+    """Seconds since 1970 of a minute, as plain() has it. Raises ValueError."""
+    return parse_time(f"{text}:00Z")
 
 
 def moment_of(text):
@@ -3856,35 +3909,66 @@ def line_without_entry(path, since, now):
     return Line(math.inf, "given up", path, since) if is_aside(path) else Line(now, "new", path, since)
 
 
-def line_of(path, envelope, since, running=True, whole=False):
-    if problem := envelope_problem(envelope):
+def held_line(line, now):
+    return line._replace(kind="held", due=math.inf, since=line.since or now)
+
+
+def line_of(path, entry, mtime=modified, running=True, whole=False):
+    """entry: plain(), or what JSON says. The others: as in lines_of()."""
+    if isinstance(entry, tuple):
+        try:
+            return plain_line(path, entry, mtime, whole)
+        except ValueError:  # there is no such day; or everybody has it
+            entry = unpack(entry[0].encode())
+    since = enqueued(entry) or mtime(path)
+    if problem := envelope_problem(entry):
         return Line(math.inf, "unusable", path, since, error=f"malformed entry: {problem}")
     if not running:
-        interrupted(envelope)
-    everybody = recipients(envelope)
+        interrupted(entry)
+    everybody, text = recipients(entry), json.dumps(entry) if whole else "null"
     left = [recipient for recipient in everybody if recipient["Status"] != 2]
     concerned = left or [recipient for recipient in everybody if recipient["Error"]]
     first = concerned[0] if len(concerned) == 1 else min(concerned, key=next_attempt_of, default=NOBODY)
     due = next_attempt_of(first) if left else math.inf
     recipient = f"{first['Address']} +{len(concerned) - 1}" if len(concerned) > 1 else first["Address"]
-    error = str(envelope.get("Error") or "")  # an edit may have made anything of it
+    error = str(entry.get("Error") or "")  # an edit may have made anything of it
     error = error or ("" if concerned or not everybody else "delivered, but the file is still there")
-    kind = "unusable" if error else kind_of(left, concerned)
-    sender = str(envelope.get("From") or "").rpartition("<")[2].partition(">")[0]
-    entry = json.dumps(envelope) if whole else "null"
-    return Line(due, kind, path, since, sender, recipient, first["Attempts"], error or first["Error"], entry)
+    kinds = [kind_of(each["Status"], each["Attempts"], each["Error"]) for each in everybody]
+    kind = "unusable" if error else min(kinds, key=FOREMOST.index, default="unusable")
+    sender = address_in(str(entry.get("From") or ""))
+    return Line(due, kind, path, since, sender, recipient, first["Attempts"], error or first["Error"], text)
 
 
-def kind_of(left, concerned):
-    """left: the recipients that are not settled; concerned: the same, or those given up if none is left."""
-    if not left:
-        return "given up" if concerned else "unusable"  # all are delivered, and only the file is still there
-    if 1 in [recipient["Status"] for recipient in left]:
-        return "in flight"
-    failures = [recipient for recipient in left if recipient["Attempts"] or recipient["Error"]]
-    return "deferred" if failures else "waiting"
+def plain_line(path, values, mtime, whole):
+    """line_of() an entry that is plain(). Raises ValueError."""
+    packed, name, sender, address, status, attempts, minute, second, error, since, and_second = values
+    if "\\" in packed:
+        sender, address, error = text_in(sender), text_in(address), text_in(error)
+    attempts = int(attempts)
+    if (kind := kind_of(int(status), attempts, error)) == "unusable":
+        raise ValueError
+    due = minute_of(minute) + float(second) if status == "0" else math.inf
+    since = minute_of(since) + float(and_second) or mtime(path)
+    entry = packed[len(name) + 5 :].translate(NO_LAYOUT) if whole else "null"  # less a tab, two quotes, colon, space
+    return Line(due, kind, path, since, address_in(sender), address, attempts, error, entry)
 
 
+NO_LAYOUT = str.maketrans("", "", "\n\t")
+FOREMOST = ("in flight", "deferred", "waiting", "given up", "unusable")  # the kind of one counts for all
+
+
+def kind_of(status, attempts, error):
+    """What a mail is called for one of its recipients. "unusable": it has it, and yet the file is still there."""
+    if status == 2:
+        return "given up" if error else "unusable"
+    return "in flight" if status == 1 else "deferred" if attempts or error else "waiting"
+
+
+def address_in(field):
+    return field.rpartition("<")[2].partition(">")[0]
+
+
+@functools.lru_cache(maxsize=10_000)
 def ago(seconds):
     """A duration in its largest unit: 45s, 12m, 3h, 2d."""
     for unit in "dhm":
@@ -3900,21 +3984,43 @@ PARTICULAR = re.compile(
 )
 
 
-def grouped(errors):
-    """A Counter of errors, in which those that mean the same are counted as one. errors: from text to count."""
-    alike = collections.Counter()
-    for error, count in errors.items():
-        alike[" ".join(filter(None, map(general, error.split()))).replace(" :", ":").strip(" :")] += count
-    return alike
+def alike(error):
+    """An error less what is particular to it."""
+    return " ".join(filter(None, map(general, error[:500].split()))).replace(" :", ":").strip(" :")
 
 
-@functools.lru_cache(maxsize=100_000)  # relays have few words
+@functools.lru_cache(maxsize=10_000)  # relays have few words
 def general(word):
     return PARTICULAR.sub("", word)
 
 
+class Tally:
+    """What there is to say of lines in all: how many there are of each kind and with each error, and the oldest."""
+
+    def __init__(self, lines=()):
+        self.kinds, self.errors, self.oldest = collections.Counter(), collections.Counter(), None
+        deque(self.passing(lines), 0)
+
+    def passing(self, lines):
+        """The lines; each is counted as it passes."""
+        lines = iter(lines)
+        while some := [*itertools.islice(lines, PAGE_ROWS)]:
+            self.kinds.update(line.kind for line in some)
+            for text, count in collections.Counter(line.error for line in some if line.error).items():
+                error = alike(text)
+                self.errors[error if error in self.errors or len(self.errors) < MOST_ERRORS else "others"] += count
+            patient = [line for line in (self.oldest, *some) if line and line.kind in PATIENT]
+            self.oldest = min(patient, key=operator.attrgetter("since"), default=None)
+            yield from some
+
+
+def fact_text(relay):
+    """Relay.fact() for the lock file."""
+    return f"{relay['state']}, tried again {relay['again']}, {relay['reason']}" if relay["again"] else relay["state"]
+
+
 def relays_of(facts):
-    """A dict for each relay in the facts: Relay.fact() taken apart."""
+    """A fact_text() in the facts of a daemon, for each relay, as data again."""
     for key, value in facts.items():
         if key.startswith("relay "):
             state, again, reason = [*value.split(", ", 2), "", ""][:3]
@@ -3922,30 +4028,30 @@ def relays_of(facts):
             yield {"address": key[6:], "state": state, "again": again, "reason": reason}
 
 
-def summary_of(lines, facts, now, older=math.inf):
-    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds."""
-    facts, kinds = facts or {}, collections.Counter(line.kind for line in lines)
+def summary_of(tally, facts, now, older=math.inf, relays=None):
+    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds; relays: the
+    fact() of each, if they are at hand."""
+    facts, oldest = facts or {}, tally.oldest
     state = "not running" if not facts else "suspended" if facts.get("suspended") == "yes" else "running"
     is_today = facts.get("today") == time.strftime("%Y-%m-%d", time.localtime(now))
-    oldest = min((line for line in lines if line.kind in PATIENT), key=lambda line: line.since, default=None)
     summary = {
         "daemon": state,
         **{key: facts.get(key) for key in ("version", "since")},
         "pid": int_or_zero(facts.get("pid")),
-        "relays": [*relays_of(facts)],
+        "relays": [*relays_of(facts)] if relays is None else relays,
         "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
         "sent": int_or_zero(facts.get("sent")),
         "next_turn": facts.get("next turn"),
         "trouble": facts.get("trouble"),
-        "mails": {kind: kinds[kind] for kind in KINDS},
+        "mails": {kind: tally.kinds[kind] for kind in KINDS},
         "oldest": oldest and {"path": oldest.path, "seconds": round(now - oldest.since)},
-        "errors": dict(grouped(collections.Counter(line.error for line in lines if line.error)).most_common()),
+        "errors": dict(tally.errors.most_common()),
     }
     return {**summary, "attention": [*attention(summary, older)]}
 
 
 def attention(summary, older):
-    """Why somebody should look; nothing if all is well. Needs a summary's daemon, relays, trouble, mails and oldest."""
+    """Why somebody should look; nothing if all is well."""
     if summary["daemon"] != "running":
         yield f"the daemon is {summary['daemon']}"
     for relay in summary["relays"]:
@@ -4001,10 +4107,10 @@ def table(lines, now, held="now"):
     """Rows of text; the first is the heading."""
     yield TITLES
     for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
-        wait = "-" if due == math.inf else ago(due - now) if due > now else "now" if kind == "in flight" else held
+        wait = "-" if due == math.inf else ago(int(due - now)) if due > now else "now" if kind == "in flight" else held
         name = path.rpartition(os.sep)[2]
         sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known; a bounce's is <>
-        yield (name, kind, ago(now - since), sender, recipient, str(attempts), wait, error)
+        yield (name, kind, ago(int(now - since)), sender, recipient, str(attempts), wait, error)
 
 
 def aligned(rows, width):
@@ -4051,12 +4157,12 @@ def report(options, stream, now):
     spool, in_json = spool_of_others(options), options.format == "json"
     gc.disable()  # many small objects, none of them garbage
     (failed, status), facts = failed_of(spool), spool.owner()
-    paths = [*spool.mails(), *failed]
+    paths = [*spool.list(), *failed]
     entries = spool.at_home(read_status(spool.status_path, spool.owners))
     lines = lines_of(entries, paths, now, bool(facts), whole=in_json or bool(options.names), held=spool.held())
     if options.names:
         return report_on(spool, options.names, lines, stream, now, in_json)
-    summary = summary_of(lines, facts, now, options.older)
+    summary = summary_of(Tally(lines), facts, now, options.older)
     size = shutil.get_terminal_size() if stream.isatty() else ()
     text = [json.dumps(summary), *map(json_line, lines)] if in_json else text_report(lines, summary, now, *size)
     stream.write("\n".join(text) + "\n")
@@ -4110,6 +4216,8 @@ def ask_to_flush(options, stream):
         return complain(f"the daemon of {spool.directory} is not to be reached from here")
     try:
         os.kill(pid, signal.SIGURG)
+    except AttributeError:  # Windows
+        return complain("the daemon cannot be asked: this system has no SIGURG; start it again instead")
     except OSError as error:
         return complain(f"pid {pid} cannot be asked, {describe(error)}")
     stream.write(f"pid {pid} was asked to send everything now\n")
@@ -4241,20 +4349,16 @@ class FailCommand:
 # -http: what -status tells, for browsers, Prometheus and monitors. What holds:
 #
 # 1. Nothing can be changed by it. A request has 8 KB and 5 s, its answer 10 s; then the connection is closed.
-# 2. However many mails there are, nothing blocks the loop for over 20 ms: one greenlet looks through the queue, a slice
-#    at a time, and what it found is good for twenty times as long as the look took.
+# 2. However many mails there are, nothing blocks the loop for over 20 ms: one greenlet looks through the queue,
+#    a few milliseconds at a time, and what it found is good for twenty times as long as the look took.
 # 3. What comes from a mail, a relay or a file's name gets into the page through shown_text() only.
 
-PAGE_ROWS, PAGE_SLICE = 100, 200  # mails that are shown, and looked at in one turn
+PAGE_ROWS = 100  # mails that are shown
+TURN_SECONDS = 0.005  # how long the page does something before everybody else has a turn
 PAGE_SECONDS = 1  # how long an answer is good
 TEXT = "text/plain; charset=utf-8"
 REQUEST_LIMIT, REQUEST_SECONDS, ANSWER_SECONDS = 8192, 5, 10
 VISITORS = 1000  # connections at once; more wait
-KIND_OF = {FLYING: "in flight", IN_LINE: "waiting", RESTING: "deferred", HELD: "deferred", STUCK: "unusable"}
-KIND_OF[ASIDE] = "given up"  # what a mail is called, in the order of the table
-ORDER = {state: list(dict.fromkeys(KIND_OF.values())).index(kind) for state, kind in KIND_OF.items()}
-PACKED_ERROR = re.compile(rb'"Error": ("(?:[^"\\]|\\.)+")')
-PACKED_ENQUEUED = re.compile(rb'"Enqueued": "([^"\\]+)"')
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1b1f24; --dim: #57606a; --line: #d5dae0; --bad: #b42318;
   --good: #1a7f4b; --sent: #2a7de1; --deferred: #d99000; --given: #c62f2f }
@@ -4362,40 +4466,34 @@ class Page:
     # -- what there is to say
 
     def summary(self):
-        """What the page needs of a summary_of(); errors is a Counter, and lines are those of the first mails."""
-        spooler, began, mails = self.spooler, time.monotonic(), dict.fromkeys(KIND_OF.values(), 0)
+        """(summary_of() all mails, the lines of the first of them)."""
+        spooler, now, began = self.spooler, self.spooler.clock(), time.monotonic()
         if began >= self._good_until:
-            self._found = look_through(list(spooler.queue.mails.values()), spooler.clock())
-            unsendable = self._found[2]
-            unsendable["given up"] = max(unsendable["given up"], self.lying_failed())
+            tally = Tally()
+            self._found = tally, heapq.nsmallest(PAGE_ROWS, tally.passing(self.lines(now)))
             self._good_until = began + 21 * (time.monotonic() - began)
-        lines, errors, unsendable, oldest = self._found
-        for state, kind in KIND_OF.items():
-            mails[kind] += spooler.queue.counts[state]
-        summary = {
-            "daemon": "suspended" if spooler.suspended else "running",
-            "relays": [*relays_of(spooler.facts())],
-            "next_turn": spooler.turn(),
-            "trouble": spooler.trouble(),
-            "mails": {**mails, **unsendable},
-            "oldest": {"seconds": round(spooler.clock() - oldest)} if oldest else None,
-            "errors": errors,
-            "lines": lines,
-        }
-        return {**summary, "attention": [*attention(summary, spooler.options.older)]}
+        tally, lines = self._found
+        relays = [relay.fact() for relay in spooler.relay.relays]
+        return summary_of(tally, spooler.facts(), now, spooler.options.older, relays), lines
 
-    def lying_failed(self):
-        """How many files lie in .failed, whether anything is known of them or not; 0 if that is not to be known."""
+    def lines(self, now):
+        """A Line for each mail, also for what lies in .failed and is not known."""
+        queue, failed = self.spooler.queue, []
         with contextlib.suppress(OSError):
-            return len(off_the_hub(self.spooler.spool.list_failed))
-        return 0
+            failed = off_the_hub(self.spooler.spool.list_failed)
+        for mail in in_turns([*queue.mails.values()]):
+            if mail.state != LEFT and (line := page_line(mail, now)):
+                yield line
+        for path in in_turns(failed):
+            if path not in queue.mails and (since := written(path)):
+                yield line_without_entry(path, since, now)
 
     def health(self):
-        text = "".join(f"{one_line(line)}\n" for line in self.summary()["attention"])
+        text = "".join(f"{one_line(line)}\n" for line in self.summary()[0]["attention"])
         return "503 Service Unavailable" if text else "200 OK", "text/plain", text or "ok\n"
 
     def metrics(self):
-        spooler, summary = self.spooler, self.summary()
+        spooler, (summary, _) = self.spooler, self.summary()
         wait, mails = summary["oldest"]["seconds"] if summary["oldest"] else 0, summary["mails"]
         build = {"version": VERSION, "python": sys.version.split()[0], "gevent": gevent.__version__}
         families = [
@@ -4411,16 +4509,17 @@ class Page:
         return "200 OK", "text/plain; version=0.0.4", "".join(family_text(*family) for family in families)
 
     def page(self):
-        spooler, now, summary = self.spooler, self.spooler.clock(), self.summary()
+        spooler, now, (summary, lines) = self.spooler, self.spooler.clock(), self.summary()
         where, troubles = shown_text(spooler.spool.directory), summary["attention"]
-        rows = "".join(map(html_row, itertools.islice(table(summary["lines"], now, held_by(summary)), 1, None)))
+        rows = [html_row(row) for row in in_turns(table(lines, now, held_by(summary)))]
+        rows[0] = f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>"
         sections = {
             "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
             "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in summary["mails"].items()],
             "Relays": [html_relay(relay, now) for relay in summary["relays"]],
             "The last 60 minutes": [chart(spooler.tally, [*self.marks, tuple(spooler.tally.values())])],
-            "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in summary["errors"].most_common(10)],
-            f"The first {PAGE_ROWS} mails": [f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>{rows}</table>"],
+            "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in [*summary["errors"].items()][:10]],
+            f"The first {PAGE_ROWS} mails": [*rows, "</table>"],
         }
         return "200 OK", "text/html", "".join([
             "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=10>"
@@ -4431,60 +4530,39 @@ class Page:
         ])  # fmt: skip
 
 
-def look_through(mails, now):
-    """Look through the queue, a slice in each turn of the loop. Returns a Line for each of the first mails, a Counter
-    of the errors, how many mails are unusable and given up (the queue counts others with these), and when the oldest
-    mail that waits was first seen, in seconds since 1970; 0 if none waits.
-    """
-    first, errors, kinds, oldest, other = [], collections.Counter(), collections.Counter(), b"~", 0.0
-    for start in range(0, len(mails), PAGE_SLICE):
-        some = [mail for mail in mails[start : start + PAGE_SLICE] if is_shown(mail)]
-        shown = [*filter(is_shown, first), *some]
-        first = heapq.nsmallest(PAGE_ROWS, shown, key=lambda mail: (ORDER[mail.state], mail.due))
-        packed = [mail for mail in some if isinstance(mail.entry, bytes)]
-        found = [PACKED_ERROR.search(mail.entry) for mail in packed]
-        errors.update(grouped(collections.Counter(json.loads(match[1])[:300] for match in found if match)))
-        kinds.update(KIND_OF[mail.state] for mail in some if mail.state in (STUCK, ASIDE))
-        waiting = [mail for mail in some if mail.state not in (STUCK, ASIDE)]
-        times = [PACKED_ENQUEUED.search(mail.entry) for mail in waiting if isinstance(mail.entry, bytes)]
-        oldest = min([oldest, *(match[1] for match in times if match)])
-        others = [mail for mail in waiting if not isinstance(mail.entry, bytes)]
-        moments = [other, *(enqueued(mail.entry) or written(mail.path) for mail in others)]
-        other = min(filter(None, moments), default=0.0)
-        gevent.sleep(0)
-    lines = sorted(filter(None, (page_line(mail, now) for mail in first)))
-    unsendable = {kind: kinds[kind] for kind in ("unusable", "given up")}
-    oldest = min(filter(None, [other, max(0.0, moment_of(oldest.decode()))]), default=0.0)
-    return lines, errors, unsendable, oldest
+def in_turns(things):
+    """The things one by one. Everybody else has a turn now and then; a sleep of 0 would not do, since gevent looks at
+    its sockets only once in fifty of these."""
+    until = time.monotonic() + TURN_SECONDS
+    for thing in things:
+        yield thing
+        if time.monotonic() > until:
+            gevent.sleep(0.001)
+            until = time.monotonic() + TURN_SECONDS
 
 
 def written(path):
-    """modified() of a mail; 0 also if it is no regular file, or that is not to be known."""
+    """modified(); 0 also if that is not to be known."""
     with contextlib.suppress(OSError):
-        status = look(path)
-        return status.st_mtime if status and stat.S_ISREG(status.st_mode) else 0.0
+        return modified(path)
     return 0.0
 
 
-def is_shown(mail):
-    """No for a mail that has left or is held by its user, and for what is not a mail."""
-    if mail.state == ASIDE:
-        return is_aside(mail.path)
-    return mail.state != LEFT and (mail.state != STUCK or mail.entry is not None)
-
-
 def page_line(mail, now):
-    """A mail's Line, None if it left; very many recipients are only counted. The others run between two of these."""
-    gevent.sleep(0)
-    if not is_shown(mail):
-        return None
+    """A mail's Line, None if it is no mail; very many recipients are only counted."""
     entry = mail.entry
     if entry is None:
-        return line_without_entry(mail.path, modified(mail.path) or now, now)
-    many = entry.count(b'"Address"') if isinstance(entry, bytes) else len(recipients(entry))
-    if many > PAGE_ROWS * 5 or len(entry) > CHUNK:
-        return Line(mail.due, KIND_OF[mail.state], mail.path, now, "...", f"{many} recipients")
-    return line_of(mail.path, envelope := mail.envelope(), enqueued(envelope) or now)
+        return (since := written(mail.path)) and line_without_entry(mail.path, since, now)
+    if isinstance(entry, bytes) and len(entry) <= CHUNK:
+        line = line_of(mail.path, plain(entry) or mail.envelope(), written)
+    elif isinstance(entry, dict) and len(recipients(entry)) <= PAGE_ROWS * 5:
+        line = line_of(mail.path, entry, written)
+    else:
+        text = entry if isinstance(entry, bytes) else pack(mail.path, entry)
+        many, seen = text.count(b'"Address"'), text.rpartition(b'\n\t\t"Enqueued": "')[2].partition(b'"')[0]
+        kind = {FLYING: "in flight", STUCK: "unusable", ASIDE: "given up"}.get(mail.state, "deferred")
+        line = Line(mail.due, kind, mail.path, moment_of(seen.decode()) or now, "...", f"{many} recipients")
+    return held_line(line, now) if mail.state == ASIDE and not is_aside(mail.path) else line
 
 
 def family_text(name, about, samples):
@@ -4511,7 +4589,6 @@ def html_relay(relay, now):
 
 
 def html_row(row):
-    gevent.sleep(0)  # the other greenlets run between two rows
     return f"<tr>{''.join(f'<td data-name={name!r}>{shown_text(cell)}' for name, cell in zip(TITLES, row))}"
 
 
@@ -5374,7 +5451,7 @@ class Spooler:
         if today != self.today:
             self.today, self.sent_before = today, sent
         facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
-        facts.update((f"relay {relay.name}", relay.fact()) for relay in self.relay.relays)
+        facts.update((f"relay {relay.name}", fact_text(relay.fact())) for relay in self.relay.relays)
         facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
         if trouble := self.trouble():
             facts["trouble"] = trouble
