@@ -912,6 +912,12 @@ def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
     assert getattr(options_of(f"-{flag}=s3cret", f"-{user}=me", "spool"), flag) == "s3cret"
 
 
+def test_a_name_for_a_certificate_needs_tls():
+    assert options_of("-tlsname", "mx", "spool").tlsname == "mx"
+    with pytest.raises(spoolgore.UsageError, match='^invalid value "mx" for flag -tlsname: there is no TLS with -tls off$'):
+        options_of("-tlsname", "mx", "-tls", "off", "spool")
+
+
 @pytest.mark.parametrize("user, flag", [("smtpuser", "smtppassword"), ("smtpmd5user", "smtpmd5password")])
 def test_a_user_without_a_password_is_said(logged, user, flag):
     options, command = [f"-{user}=me", "spool"], ["-smtppasswordcommand", "true"]
@@ -1663,6 +1669,37 @@ def test_a_large_file_that_grows_while_it_is_sent_is_not_sent(tmp_path, scripted
         outcome = connection.transact("app@x.org", ["a@x.org"], message)["a@x.org"]
     assert outcome == (spoolgore.Verdict.DEFERRED, "the file grew while it was read")
     assert connection.broken and relay.connections.items[0].ended.wait(PATIENCE) and not relay.mails.items
+
+
+@pytest.mark.parametrize(
+    "text, is_same",
+    [
+        ("To: a@x.org\n\nHello.\n", True),
+        ("To: a@x.org\r\n\r\nHello.", True),  # it is sent as it was
+        ("To: a@x.org\n\nHello!\n", False),
+        ("To: b@x.org\n\nHello.\n", False),
+        ("From: b@x.org\nTo: a@x.org\n\nHello.\n", False),
+        ("To: a@x.org\nBcc: b@x.org\n\nHello.\n", False),
+        ("no mail", False),
+        ("", False),
+    ],
+)
+def test_whether_a_file_still_says_what_it_said(tmp_path, text, is_same):
+    path = tmp_path / "m1"
+    path.write_text("To: a@x.org\n\nHello.\n")
+    with path.open("rb") as file:
+        message = spoolgore.Message(file, path.stat().st_size)
+        message.add(NOW, "<1@x.org>")
+        path.write_bytes(text.encode())
+        assert message.is_unchanged() is is_same
+
+
+def test_a_file_that_is_read_in_pieces(tmp_path):
+    class Scant(io.BytesIO):
+        def read(self, octets=-1):
+            return super().read(min(octets, 7))
+
+    assert spoolgore.Message(Scant(b"To: a@x.org\n\nHello.\n"), 20).whole == b"To: a@x.org\r\n\r\nHello.\r\n"
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again_soon(spool, status, monkeypatch, logged):
@@ -2679,6 +2716,183 @@ def test_merge_leaves_each_recipient_the_dict_that_its_greenlet_holds():
     merged = spoolgore.merge(envelope_to(addressee("a@x.org"), addressee("b@x.org", attempts=9)), live, False)
     assert [held[0] is merged["To"][0], held[1] is merged["To"][1]] == [True, True]
     assert held[1]["Attempts"] == 9
+
+
+# ------------------------------------------------------------------- queue
+
+DIAGRAM_OF_MAILS = {  # state -> those that may follow it
+    "left": {"in line", "resting", "aside", "flying"},
+    "in line": {"flying", "aside", "left"},
+    "flying": {"in line", "resting", "held", "stuck", "aside", "left"},
+    "aside": {"resting", "flying", "left"},
+    **dict.fromkeys(("resting", "held", "stuck"), {"in line", "resting", "flying", "aside", "left"}),
+}
+
+
+@pytest.mark.parametrize("after", DIAGRAM_OF_MAILS)
+@pytest.mark.parametrize("before", DIAGRAM_OF_MAILS)
+def test_every_move_of_a_mail(before, after):
+    queue, counts = spoolgore.Queue(), dict.fromkeys(DIAGRAM_OF_MAILS, 0)
+    assert queue.counts == counts
+    mail = queue.add("m1")
+    mail.state = before
+    if after in DIAGRAM_OF_MAILS[before]:
+        queue.become(mail, after)
+        counts = {**counts, before: -1, after: 1} if after != before else counts
+        assert (mail.state, queue.counts) == (after, counts)
+    else:
+        with pytest.raises(ValueError, match=f"^m1 is {before} and cannot be {after}$"):
+            queue.become(mail, after)
+        assert (mail.state, queue.counts) == (before, counts)
+
+
+def queue_of(**states):
+    """A queue of mails of these names; those who fly have an identity."""
+    queue = spoolgore.Queue()
+    for number, (name, state) in enumerate(states.items(), 1):
+        mail = queue.add(name)
+        if state in ("held", "stuck"):
+            queue.become(mail, "flying")
+        if state == "in line":
+            queue.line_up(mail, queue.fresh)
+        elif state == "resting":
+            queue.rest(mail, NOW + number)
+        else:
+            queue.become(mail, state)
+        if state == "flying":
+            queue.identify(mail, (1, number, 3, 4))
+    return queue
+
+
+def taken(queue, count=99, room=math.inf):
+    """The names of the next mails."""
+    mails = [mail for mail in (queue.take(room) for _ in range(count)) if mail]
+    assert all(mail.state == "flying" for mail in mails)
+    return " ".join(mail.path for mail in mails)
+
+
+def test_whoever_rests_is_in_line_again_when_his_time_has_come():
+    queue = queue_of(m1="resting", m2="resting", m3="resting", m4="held")
+    assert queue.next_due() == NOW + 1
+    queue.release(NOW + 1)
+    assert taken(queue) == "" and queue.next_due() == NOW + 1
+    queue.rest(queue.mails["m2"], NOW + 5)
+    queue.release(NOW + 2.5)
+    assert taken(queue) == "m1" and queue.next_due() == NOW + 3  # m2 is due later by now
+    queue.release(NOW + 9)
+    assert taken(queue) == "m3 m2" and queue.next_due() == math.inf
+    queue.release_held()
+    assert taken(queue) == "m4"
+
+
+def test_times_that_are_outdated_take_no_room():
+    queue = queue_of(m1="resting", m2="resting")
+    for number in range(1000):
+        queue.rest(queue.mails["m1"], NOW + 1000 - number)
+        assert len(queue.times) <= 104
+        assert queue.next_due() == min(NOW + 1000 - number, NOW + 2) or len(queue.times) > 2
+    queue.release(NOW + 1.5)
+    assert taken(queue) == "m1"
+    queue.release(NOW + 3)
+    assert taken(queue) == "m2"
+
+
+def test_new_mails_and_old_ones_take_turns():
+    queue = queue_of(**{f"m{number}": "in line" for number in range(1, 5)}, o1="resting", o2="resting", a1="flying")
+    queue.release(NOW + 9)
+    queue.line_up(queue.mails["a1"], queue.ahead)
+    assert taken(queue) == "a1 o1 m1 o2 m2 m3 m4" and queue.take() is None
+
+
+def test_under_a_rate_one_mail_at_most_has_its_turn_to_come():
+    queue = queue_of(m1="in line", m2="in line")
+    queue.mails["m1"].need = 3
+    assert (queue.need(), taken(queue, room=2), taken(queue, room=3), queue.need()) == (3, "", "m1", 1)
+    queue.began(queue.mails["m2"])
+    assert taken(queue, room=3) == ""
+    queue.began(queue.mails["m1"])
+    assert (taken(queue, room=3), queue.need()) == ("m2", 0)
+
+
+def test_who_is_in_line_and_leaves_it_is_passed_over():
+    queue = queue_of(m1="in line", m2="in line", m3="in line")
+    queue.drop(queue.mails["m1"])
+    queue.become(queue.mails["m3"], "aside")
+    assert (queue.need(), taken(queue), queue.need()) == (1, "m2", 0)
+
+
+def test_a_flush_makes_everybody_due_who_waits_here():
+    queue = queue_of(m1="resting", m2="held", m3="stuck", m4="aside", m5="flying", m6="in line")
+    queue.flush()
+    queue.release(NOW)
+    assert taken(queue) == "m6 m1 m2 m3"
+    assert {name: mail.forced for name, mail in queue.mails.items()} == {f"m{n}": n != 4 for n in range(1, 7)}
+
+
+def test_whoever_waits_for_his_writer_is_looked_at_again():
+    queue = queue_of(m1="resting", m2="resting", m3="stuck")
+    queue.mails["m2"].entry = envelope_to(addressee())
+    queue.open_unread()
+    queue.release(NOW)
+    assert taken(queue) == "m1"
+
+
+def test_the_mails_in_some_states():
+    queue = queue_of(m1="resting", m2="held", m3="stuck", m4="held")
+    assert [mail.path for mail in queue.those("held", "stuck")] == ["m2", "m3", "m4"]
+    assert queue.those("aside", "flying") == []
+
+
+def test_a_mail_that_is_renamed():
+    queue = queue_of(m1="resting", m2="flying", m3="resting", m4="flying")
+    m1, m2, m3, m4 = queue.mails.values()
+    for mail in (m1, m4):
+        mail.entry = spoolgore.pack(mail.path, envelope_to(addressee()))
+    queue.epoch = 7
+    queue.rename(m1, "m5")
+    assert queue.mails == {"m2": m2, "m3": m3, "m4": m4, "m5": m1} and queue.dropped == {"m1"}
+    assert (m1.path, m1.news, m1.entry) == ("m5", 7, spoolgore.pack("m5", envelope_to(addressee())))
+    queue.rename(m2, "m3")  # of which nothing is left
+    assert queue.mails == {"m3": m2, "m4": m4, "m5": m1} and (m3.state, m3.news, m2.news) == ("left", 0, 7)
+    queue.rename(m2, "m4")  # which is in flight, and will find its own
+    assert queue.mails == {"m3": m4, "m4": m2, "m5": m1} and (m4.path, m4.news) == ("m3", 7)
+    assert queue.dropped == {"m1", "m2", "m3"} and m4.state == "flying"
+    queue.rename(m2, "m4")
+    assert queue.mails == {"m3": m4, "m4": m2, "m5": m1} and m2.path == "m4"
+
+
+def test_a_file_that_is_seen_under_another_name():
+    queue = queue_of(m1="flying", m2="flying")
+    m1, m2 = queue.mails.values()
+    assert queue.identify(m2, (1, 1, 9, 9)) is m1  # in flight its inode is pinned
+    queue.rest(m1, NOW)
+    assert queue.identify(m2, (1, 1, 3, 4)) is m1  # at rest all must be the same
+    assert queue.identify(m2, (1, 1, 3, 5)) is m2 and queue.known == {(1, 1): m2} and m2.identity == (1, 1, 3, 5)
+    queue.forget(m1)
+    assert queue.known == {(1, 1): m2} and m1.identity is None
+    queue.forget(m2)
+    assert queue.known == {} and m2.identity is None
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_only_who_is_partly_delivered_is_known_when_he_is_back(status):
+    queue = queue_of(m1="flying")
+    mail = queue.mails["m1"]
+    mail.entry = envelope_to(addressee(status=status), addressee())
+    queue.lose(mail)
+    known = {(1, 1): mail} if status == 2 else {}
+    assert (queue.mails, queue.known, queue.dropped, mail.state) == ({}, known, {"m1"}, "left")
+    assert mail.identity == ((1, 1, 3, 4) if known else None) and list(queue.away) == list(known.values())
+    assert mail.envelope() == envelope_to(addressee(status=status), addressee())
+
+
+def test_who_is_dropped_takes_no_other_of_his_name_with_him():
+    queue = queue_of(m1="resting")
+    before = queue.mails["m1"]
+    after = queue.add("m1")
+    queue.become(after, "aside")
+    queue.drop(before)
+    assert queue.mails == {"m1": after} and queue.dropped == set() and before.state == "left"
 
 
 # ------------------------------------------------------------------ status
