@@ -914,7 +914,9 @@ def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
 
 def test_a_name_for_a_certificate_needs_tls():
     assert options_of("-tlsname", "mx", "spool").tlsname == "mx"
-    with pytest.raises(spoolgore.UsageError, match='^invalid value "mx" for flag -tlsname: there is no TLS with -tls off$'):
+    with pytest.raises(
+        spoolgore.UsageError, match='^invalid value "mx" for flag -tlsname: there is no TLS with -tls off$'
+    ):
         options_of("-tlsname", "mx", "-tls", "off", "spool")
 
 
@@ -2786,15 +2788,40 @@ def test_whoever_rests_is_in_line_again_when_his_time_has_come():
 
 
 def test_times_that_are_outdated_take_no_room():
-    queue = queue_of(m1="resting", m2="resting")
-    for number in range(1000):
-        queue.rest(queue.mails["m1"], NOW + 1000 - number)
-        assert len(queue.times) <= 104
-        assert queue.next_due() == min(NOW + 1000 - number, NOW + 2) or len(queue.times) > 2
-    queue.release(NOW + 1.5)
-    assert taken(queue) == "m1"
-    queue.release(NOW + 3)
-    assert taken(queue) == "m2"
+    count, shuffled = 60, random.Random(1)
+    queue = queue_of(**{f"m{number}": "resting" for number in range(count)})
+    lists, moments = [queue.times], [NOW + number for number in range(10 * count)]
+    shuffled.shuffle(moments)
+    for mail, moment in zip(itertools.cycle(list(queue.mails.values())), moments):
+        queue.rest(mail, moment)
+        lists += [queue.times] if queue.times is not lists[-1] else []
+        assert len(queue.times) <= 101 + 2 * count
+    assert 3 < len(lists) < 6  # some work, now and then
+    for moment in range(0, 10 * count, 7):
+        queue.release(NOW + moment)
+        taken(queue)
+        assert all(mail.due >= NOW + moment for mail in queue.those("resting"))
+        assert all(mail.due < NOW + moment for mail in queue.those("flying"))
+    queue = queue_of(**{f"m{number}": "resting" for number in range(count)})
+    for number in range(10):
+        queue.look_again(lambda mail: NOW)
+    assert len(queue.times) == count
+    for number in range(10):
+        for mail in queue.those("resting"):
+            queue.become(mail, "flying")
+            queue.rest(mail, NOW + number)
+    for mail in queue.those("resting"):
+        queue.become(mail, "flying")
+    queue.rest(mail, NOW)
+    assert len(queue.times) == 1
+
+
+def test_who_rested_before_the_relay_was_down_is_held_until_it_is_up():
+    queue = queue_of(m1="resting")
+    queue.become(queue.mails["m1"], "flying")
+    queue.become(queue.mails["m1"], "held")
+    queue.release(NOW + 9)
+    assert taken(queue) == ""
 
 
 def test_new_mails_and_old_ones_take_turns():
@@ -2859,6 +2886,14 @@ def test_a_mail_that_is_renamed():
     assert queue.dropped == {"m1", "m2", "m3"} and m4.state == "flying"
     queue.rename(m2, "m4")
     assert queue.mails == {"m3": m4, "m4": m2, "m5": m1} and m2.path == "m4"
+
+
+def test_a_name_that_was_freed_may_be_taken_by_now():
+    queue = queue_of(m1="flying", m2="flying")
+    m1, m2 = queue.mails.values()
+    again = queue.add("m1")
+    queue.rename(m1, "m2")
+    assert queue.mails == {"m1": again, "m2": m1} and (m2.path, m2.state) == ("m2", "flying")
 
 
 def test_a_file_that_is_seen_under_another_name():
@@ -2940,12 +2975,12 @@ def status(tmp_path):
 
 
 @contextlib.contextmanager
-def no_room():
-    """No file can be written to, not even by root."""
+def no_room(octets=0):
+    """No file can have more octets, not even root's."""
     import resource  # not on Windows
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (octets, before[1]))
     try:
         yield
     finally:
@@ -3382,6 +3417,46 @@ def test_nobody_stays_in_flight_after_an_unexpected_error(spool, status, monkeyp
     assert (state_in(spooler, "m1"), status.queue.mails[path].due) == ("resting", NOW + 60)
 
 
+def test_a_status_file_of_many_pieces_is_read_as_it_was_written(status):
+    entries = {f'/spool/"{n},\n\t"': envelope_to(addressee(error='",\n\t"' * 20), addressee()) for n in range(1000)}
+    for path, entry in entries.items():
+        put_entry(status, path, entry)
+    status.save()
+    text = Path(status.path).read_bytes()
+    parts = list(spoolgore.pieces(text))
+    assert len(parts) > len(text) // (2 * spoolgore.CHUNK) > 1
+    assert dict(spoolgore.read_status(status.path)) == entries == json.loads(text)
+
+
+def test_a_new_file_replaces_nothing_that_stands_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "urandom", lambda octets: b"\0" * octets)
+    for suffix in ("new", "new-0000000000000000"):
+        (tmp_path / f".file.{suffix}").mkdir()
+    with pytest.raises(FileExistsError, match=r"\.file\.new-0000000000000000"):
+        spoolgore.write_durably(str(tmp_path / "file"), [b"text"])
+    (tmp_path / ".file.new-0000000000000000").rmdir()
+    spoolgore.write_durably(str(tmp_path / "file"), [b"text"])
+    assert (tmp_path / "file").read_text() == "text" and sorted(os.listdir(tmp_path)) == [".file.new", "file"]
+
+
+def test_a_corrupt_status_file_that_cannot_be_moved_is_said(status, monkeypatch, logged):
+    write_status(status, b"[]")
+    with failing(monkeypatch, "rename", errno.EROFS):
+        status.set_aside(NOW, "not a JSON object")
+    wanted = f"corrupt status file {status.path}, not a JSON object: Read-only file system"
+    assert logged() == [wanted] and Path(status.path).read_bytes() == b"[]"
+
+
+def test_what_needs_a_thread_and_gets_none_fails_as_the_system_does(monkeypatch):
+    def refuse(function, arguments):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(gevent.get_hub(), "threadpool", types.SimpleNamespace(apply=refuse))
+    with pytest.raises(OSError, match="no thread: can't start new thread") as problem:
+        spoolgore.off_the_hub(os.getpid)
+    assert problem.value.errno == errno.EAGAIN
+
+
 # -------------------------------------------------------------------- rate
 
 
@@ -3624,6 +3699,19 @@ def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, log
     assert again.room() == turnstile.room() == 8
 
 
+def test_half_a_line_of_the_rate_file_counts_as_none(tmp_path, logged):
+    path = tmp_path / "rate"
+    turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
+    turnstile.load()
+    turnstile.begin(2)
+    with no_room(path.stat().st_size + 1):
+        turnstile.end(2)
+    assert path.read_text().endswith("\n+2\n-") and len(logged()) == 1
+    assert logged()[0].startswith(f"unable to write {path}, No space left on device: ")
+    turnstile.begin(3)
+    assert path.read_text() == f"+2\n-2 {NOW:.6f}\n+3\n"
+
+
 # ------------------------------------------------------------------ report
 
 
@@ -3709,6 +3797,8 @@ def test_what_status_says_above_the_table():
     ]
     assert sorted(text[6:-1]) == ["error: 1 x 550 before", "error: 1 x bad"]
     assert text[-1] == "attention: relay b:25 is down, 1 given up, 1 unusable, a mail waits for 2h"
+    limited = spoolgore.summary_of([], {**FACTS, "next turn": spoolgore.format_time(NOW + 90)}, NOW)
+    assert "rate: the next turn is in 1m" in [*spoolgore.headlines(limited, NOW)]
     starting = spoolgore.summary_of([], {"pid": "4711", "": ""}, NOW)
     assert next(spoolgore.headlines(starting, NOW)) == "daemon: running, pid 4711"
     nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable, 0 held"
@@ -4882,6 +4972,45 @@ def opened(spool):
         yield opener
 
 
+def test_what_no_file_of_a_spool_is_opened_as(spool, opened, monkeypatch):
+    put(spool, "m1", mail())
+    the_spool = opened("m1")[0]
+    with pytest.raises(FileNotFoundError):
+        the_spool.open(str(spool / "m1" / "m2"))
+    (spool / "folder").mkdir()
+    for name, kind in (("folder", spoolgore.NotAMail), ("m1", PermissionError)):
+        with failing(monkeypatch, "open", errno.EACCES), pytest.raises(kind):  # as Windows does with a directory
+            the_spool.open(str(spool / name))
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOENT])
+def test_a_watch_that_cannot_be_had_leaves_no_descriptor_open(spool, monkeypatch, fault):
+    before = os.listdir("/proc/self/fd")
+    if fault == errno.ENOSYS:
+        monkeypatch.setattr(spoolgore.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
+    with pytest.raises(OSError) as problem:
+        spoolgore.Watch(str(spool), str(spool / "no lock"))
+    assert problem.value.errno == fault and os.listdir("/proc/self/fd") == before
+
+
+def test_age_and_change_of_a_file_that_cannot_be_looked_at(spool, status, monkeypatch):
+    path = str(spool / "m1")
+    assert spoolgore.age_key(path) == (0.0, path) and spoolgore.written(path) == 0.0
+    (spool / "m1").write_text(mail())
+    os.utime(path, (NOW, NOW))
+    assert spoolgore.age_key(path) == (NOW, path) and spoolgore.written(path) == NOW
+    spooler = spooler_of(spool, status)
+    stuck = spooler.queue.add(path)
+    spooler.queue.become(stuck, spoolgore.FLYING)
+    spooler.queue.become(stuck, spoolgore.STUCK)
+    assert spoolgore.has_changed(stuck)
+    with failing(monkeypatch, "lstat", errno.EIO, "m1"):
+        assert spoolgore.written(path) == 0.0 and not spoolgore.has_changed(stuck)
+    with failing(monkeypatch, "listdir", errno.EIO):
+        assert spooler.remains()  # in doubt
+    assert spoolgore.written(str(spool)) == 0.0
+
+
 @pytest.mark.parametrize("reply", [None, LATER, b"550 5.1.1 no such user\r\n"])
 @pytest.mark.parametrize("replacement", [None, "another@x.org"])
 def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, start, reply, replacement):
@@ -5964,6 +6093,153 @@ def test_the_lock_is_ours_also_after_it_was_taken_anew(spool, status):
     question = f"import sys, spoolgore; spoolgore.Spool({str(spool)!r}).lock()"
     second = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, cwd=SCRIPT.parent)
     assert "Locked: spool directory" in second.stderr and not spooler.stopping
+
+
+def sending(spooler, *ends):
+    """The relay of this Spooler raises one after the other, calls what can be called, or has an Outcome for all."""
+    ends, sent = list(ends), []
+
+    def send(sender, addresses, message):
+        sent.append(addresses)
+        end = ends.pop(0)
+        end = end() if callable(end) else end
+        if isinstance(end, BaseException):
+            raise end
+        return dict.fromkeys(addresses, end)
+
+    spooler.relay.send = send
+    return sent
+
+
+def test_an_error_that_nobody_foresaw_defers_the_mail(spool, status, logged):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    sending(spooler, ZeroDivisionError("odd"))
+    handle(spooler, "m1")
+    path = str(spool / "m1")
+    wanted = addressee(error="unexpected error, see the log", attempts=1, moment=spoolgore.format_time(NOW + 60))
+    assert entry_of(status, path)["To"] == [wanted] and state_in(spooler, "m1") == spoolgore.RESTING
+    assert status.queue.mails[path].due == NOW + 60
+    assert logged()[1] == f"{path} unexpected error" and logged()[-2] == "ZeroDivisionError: odd"
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("error", [gevent.GreenletExit(), MemoryError()])
+def test_a_delivery_that_is_stopped_in_mid_transaction(spool, status, error, stays):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    sending(spooler, lambda: error if stays else (spool / "m1").unlink() or error)
+    handle(spooler, "m1")
+    word = "no memory" if isinstance(error, MemoryError) else "stopped"
+    if stays:
+        text = f"{word} in the middle of a transaction: the mail may have arrived"
+        assert entry_of(status, str(spool / "m1"))["To"] == [addressee(error=text)]
+        assert state_in(spooler, "m1") == spoolgore.RESTING
+    else:
+        assert status.queue.mails == {}
+
+
+def test_a_file_that_is_removed_at_the_last_moment(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    genuine = os.unlink
+    monkeypatch.setattr(os, "unlink", lambda path, **more: [genuine(path, **more) for _ in range(2)])
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"] and status.queue.mails == {} and spooler.said == {}
+
+
+def test_one_of_two_names_that_changes_while_they_are_looked_for(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    os.link(spool / "m1", spool / "m2")
+    genuine = spooler.spool.names
+
+    def renamed(*arguments):
+        if (spool / "m1").exists():
+            rename(spool, "m1", "m3")
+        return genuine(*arguments)
+
+    monkeypatch.setattr(spooler.spool, "names", renamed)
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"] and names(spool) == [] and status.queue.mails == {}
+
+
+def test_what_was_put_aside_and_cannot_be_synced_is_said(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    put(spool, "m1", mail("a@x.org"))
+    monkeypatch.setattr(status, "commit", lambda mail: True)
+    sending(spooler, DEFERRED)
+    with failing(monkeypatch, "sync", errno.EIO, module=spooler.spool):
+        handle(spooler, "m1")
+    assert logged()[-1] == f"unable to sync {spool / '.failed'}, Input/output error"
+    assert given_up(spool) == ["m1"] and list(status.queue.mails) == [str(spool / ".failed" / "m1")]
+
+
+def test_a_malformed_entry_of_a_mail_that_is_back_from_failed_is_kept(spool, status, logged):
+    spooler = spooler_of(spool, status)
+    aside(status, spool).entry = spoolgore.pack("", {"To": 7})
+    put(spool, "m1", mail("a@x.org"))
+    handle(spooler, "m1")
+    assert entry_of(status, str(spool / "m1")) == {"To": 7} and sent_by(spooler) == []
+    assert logged()[-1] == f"{spool / 'm1'} is held, its entry in the status file is malformed: To is not a list"
+
+
+def test_a_mail_that_is_back_from_failed_and_gone_again(spool, status):
+    spooler = spooler_of(spool, status)
+    aside(status, spool, ("a@x.org", 2, ""), ("b@x.org", 2, "550 no"))
+    handle(spooler, "m1")
+    assert status.queue.mails == {} and sent_by(spooler) == []
+
+
+@pytest.mark.parametrize("problem", ["its name is taken", "its entry is malformed", ""])
+def test_a_mail_that_is_moved_from_failed_behind_a_dot(spool, status, problem):
+    spooler = spooler_of(spool, status)
+    mail_aside = aside(status, spool, ("a@x.org", 2, "550 no"))
+    put(spool, ".m1", mail("a@x.org"))
+    if problem == "its name is taken":
+        spooler.queue.add(str(spool / "m1"))
+    elif problem:
+        mail_aside.entry = spoolgore.pack("", {"To": 7})
+    before = mail_aside.envelope()
+    assert spooler.lookout.is_held(mail_aside) == (not problem)
+    assert mail_aside.state == spoolgore.ASIDE
+    if problem:
+        assert mail_aside.envelope() == before and mail_aside.path == str(spool / ".failed" / "m1")
+    else:
+        assert mail_aside.path == str(spool / "m1") and mail_aside.envelope()["To"][0]["Status"] == 0
+        spooler.lookout.release(mail_aside)  # nothing is there
+        assert mail_aside.state == spoolgore.ASIDE
+
+
+def test_the_loop_goes_on_whatever_it_meets(spool, status, monkeypatch, logged):
+    monkeypatch.setattr(spoolgore, "QUIET_SECONDS", 0)
+    spooler, rounds = spooler_of(spool, status), []
+
+    def turn():
+        rounds.append(1)
+        spooler.wake.set()
+        spooler.stopping = len(rounds) == 3
+        if len(rounds) == 2:
+            raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr(spooler, "round", turn)
+    assert spooler.run() == 0 and len(rounds) == 3
+    assert logged()[0] == "unexpected error in the loop" and "ZeroDivisionError: odd" in logged()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_lock_that_was_removed_is_taken_again(spool, status, logged, is_new):
+    spooler = spooler_of(spool, status)
+    waiting, flying = put_entry(status, str(spool / "m1"), envelope_to(addressee())), spooler.queue.add("m2")
+    spooler.queue.become(flying, spoolgore.FLYING)
+    (spool / ".spoolgore.lock").unlink()
+    if is_new:
+        spool.rename(spool.parent / "former")
+        spool.mkdir()
+    spooler.reopen()
+    assert spooler.queue.mails == ({"m2": flying} if is_new else {waiting.path: waiting, "m2": flying})
+    assert logged() == (["status reloaded", f"spool directory {spool} was made again"] if is_new else [])
+    assert spooler.spool.still_locked() and spooler.queue.dropped == set()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("no stack")])
@@ -11119,6 +11395,41 @@ def test_an_address_that_cannot_be_had_for_the_page(spool, run, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
     daemon = run("-http", "192.0.2.1:8025")
     assert (daemon.status_code, daemon.lines) == (1, ["Cannot assign requested address: -http 192.0.2.1:8025"])
+
+
+def test_only_whoever_listens_for_all_is_warned(logged):
+    for host in ("127.0.0.1", "0.0.0.0"):
+        spoolgore.listen_on(spoolgore.Address(host, 0)).close()
+    assert logged() == ["-http 0.0.0.0:0: whoever can reach this address sees who gets mail"]
+
+
+def test_a_visitor_that_has_gone_is_no_news():
+    class Handler:
+        def handle_error(self, *error):
+            said.append(error)
+
+    visit, said = spoolgore.visit_class(types.SimpleNamespace(WSGIHandler=Handler))(), []
+    for error in (ConnectionResetError(), TimeoutError(), ValueError()):
+        visit.close_connection = False
+        visit.handle_error(type(error), error, None)
+        assert visit.close_connection
+    assert [kind for kind, _, _ in said] == [ValueError]
+
+
+def test_the_page_notes_the_tally_each_minute(spool, status, monkeypatch):
+    page, pauses = spooler_of(spool, status).page, []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        page.spooler.tally["sent"] += 5
+        if len(pauses) == 3:
+            raise gevent.GreenletExit
+
+    monkeypatch.setattr(spoolgore.gevent, "sleep", sleep)
+    with pytest.raises(gevent.GreenletExit):
+        page.mark_minutes()
+    assert [tuple(mark) for mark in page.marks][-3:] == [(0, 0, 0), (5, 0, 0), (10, 0, 0)]
+    assert [round(pause / 60) for pause in pauses] == [1, 2, 3]  # of a clock that stood still
 
 
 def test_whoever_listens_for_all_is_warned(spool, scripted, start):
