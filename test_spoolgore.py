@@ -2588,7 +2588,7 @@ def test_every_move_of_a_recipient(before, name):
 def test_given_up_without_a_text_is_not_taken_for_delivered():
     recipient = in_state(spoolgore.IN_FLIGHT)
     spoolgore.gave_up(recipient, "")
-    assert spoolgore.state(recipient) == spoolgore.GIVEN_UP
+    assert (spoolgore.state(recipient), recipient["Error"]) == (spoolgore.GIVEN_UP, "given up")
 
 
 @pytest.mark.parametrize(
@@ -2720,6 +2720,59 @@ def test_merge_leaves_each_recipient_the_dict_that_its_greenlet_holds():
     assert held[1]["Attempts"] == 9
 
 
+def test_merge_takes_two_recipients_of_one_address_in_their_order():
+    first, second = in_state(spoolgore.IN_FLIGHT, attempts=1), in_state(spoolgore.WAITING, attempts=2, Note="gone")
+    merged = spoolgore.merge(envelope_to(addressee(), addressee(attempts=9)), envelope_to(first, second), False)
+    assert merged == envelope_to(in_state(spoolgore.IN_FLIGHT, attempts=1), addressee(attempts=9))
+    assert merged["To"][0] is first and merged["To"][1] is second
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_merge_of_lists_that_are_null(empty):
+    edited, live = envelope_to(addressee(), Cc=empty), envelope_to(in_state(spoolgore.IN_FLIGHT), Bcc=empty)
+    assert spoolgore.merge(edited, live, False) == envelope_to(in_state(spoolgore.IN_FLIGHT))
+    nobody = {"To": empty, "Cc": empty, "Bcc": empty}
+    assert spoolgore.merge(dict(nobody), nobody, False) == dict.fromkeys(("To", "Cc", "Bcc"), [])
+
+
+@pytest.mark.parametrize(
+    "envelope, has_some, is_partly",
+    [
+        (None, False, False),
+        ([], False, False),
+        ("delivered", False, False),
+        ({}, False, False),
+        (envelope_to(Error="has no recipients"), False, False),
+        ({"To": None, "Bcc": [in_state("waiting")]}, True, False),
+        (envelope_to(cc=[in_state("given up"), in_state("in flight")]), True, False),
+        (envelope_to(in_state("waiting"), cc=[in_state("delivered")]), True, True),
+        (envelope_to(in_state("delivered")), True, True),
+    ],
+)
+def test_what_is_known_of_an_entry(envelope, has_some, is_partly):
+    assert spoolgore.has_recipients(envelope) is has_some
+    assert spoolgore.is_partly_delivered(envelope) is is_partly
+
+
+def test_who_is_named_by_a_message_and_not_by_the_entry():
+    message = read_message("To: a@x.org, b@x.org\nCc: c@x.org\nBcc: d@x.org\n\n")
+    assert spoolgore.unknown_to(envelope_to(addressee("b@x.org")), message) == "a@x.org, c@x.org, d@x.org"
+    known = envelope_to(addressee("d@x.org"), addressee("c@x.org"), cc=[addressee("b@x.org"), addressee("a@x.org")])
+    assert spoolgore.unknown_to(known, message) == ""
+
+
+def test_an_entry_knows_its_file_until_that_is_another_one():
+    envelope = envelope_to()
+    assert not spoolgore.is_changed(envelope, (1, 2, 3, 4)) and envelope == envelope_to()  # of the original
+    spoolgore.set_file(envelope, (1, 2, 3, 4), "<1@x.org>")
+    assert envelope == envelope_to(MessageID="<1@x.org>", Stat="2 3 4")
+    assert not spoolgore.is_changed(envelope, (9, 2, 3, 4))  # the device has another number after a reboot
+    spoolgore.set_file(envelope, (1, 2, 3, 5))
+    assert envelope == envelope_to(MessageID="<1@x.org>", Stat="2 3 5")
+    for identity in ((1, 2, 3, 4), (1, 2, 3, 5)):  # once is for ever
+        assert spoolgore.is_changed(envelope, identity) and envelope["Stat"] == "changed"
+
+
 # ------------------------------------------------------------------- queue
 
 DIAGRAM_OF_MAILS = {  # state -> those that may follow it
@@ -2803,7 +2856,7 @@ def test_times_that_are_outdated_take_no_room():
         assert all(mail.due >= NOW + moment for mail in queue.those("resting"))
         assert all(mail.due < NOW + moment for mail in queue.those("flying"))
     queue = queue_of(**{f"m{number}": "resting" for number in range(count)})
-    for number in range(10):
+    for _ in range(10):
         queue.look_again(lambda mail: NOW)
     assert len(queue.times) == count
     for number in range(10):
