@@ -2819,6 +2819,22 @@ def queue_of(**states):
     return queue
 
 
+def test_what_a_new_mail_is():
+    mail = spoolgore.Queue().add("m1")
+    known = {
+        "path": "m1",
+        "state": "left",
+        "due": 0.0,
+        "whole": False,
+        "forced": False,
+        "need": 1,
+        "news": 0,
+        "print": 0,
+    }
+    known |= dict.fromkeys(("entry", "identity", "seen"))
+    assert {name: getattr(mail, name) for name in mail.__slots__} == known
+
+
 def taken(queue, count=99, room=math.inf):
     """The names of the next mails."""
     mails = [mail for mail in (queue.take(room) for _ in range(count)) if mail]
@@ -6293,6 +6309,187 @@ def test_a_lock_that_was_removed_is_taken_again(spool, status, logged, is_new):
     assert spooler.queue.mails == ({"m2": flying} if is_new else {waiting.path: waiting, "m2": flying})
     assert logged() == (["status reloaded", f"spool directory {spool} was made again"] if is_new else [])
     assert spooler.spool.still_locked() and spooler.queue.dropped == set()
+
+
+def flying(spooler, name):
+    """The Delivery of a mail that has begun."""
+    path = spooler.spool.path(name)
+    mail = spooler.queue.mails.get(path) or spooler.queue.add(path)
+    spooler.queue.become(mail, spoolgore.FLYING)
+    return spoolgore.Delivery(spooler, mail)
+
+
+@pytest.mark.parametrize(
+    "to, is_linked, is_known",
+    [("b@x.org", False, False), ("b@x.org", True, True), ("a@x.org, b@x.org", False, True)],
+)
+def test_what_is_left_of_a_delivery_whose_mail_waits(spool, status, to, is_linked, is_known):
+    """A file is recognised later if somebody has it already, or if it has another name."""
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail(to))
+    if is_linked:
+        os.link(spool / "m1", spool / "m2")
+    verdicts = {"a@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED), "b@x.org": DEFERRED}
+    begun = []
+    spooler.relay.send = lambda sender, addresses, message: begun.append(status.wanted.is_set()) or verdicts
+    status.commit = lambda mail: True
+    delivery = flying(spooler, "m1")
+    delivery.run()
+    assert begun == [True]  # its entry may be written as soon as there is one
+    status.wanted.clear()
+    spooler.wake.clear()
+    spooler.queue.taking = delivery.mail
+    delivery.landed(None)
+    waiting, known = delivery.mail, spoolgore.identity(os.stat(spool / "m1"))
+    assert (waiting.state, waiting.due, waiting.print) == (spoolgore.RESTING, NOW + 60, hash(known))
+    assert delivery.file.closed and isinstance(waiting.entry, bytes) and spooler.queue.taking is None
+    assert spooler.queue.known == ({known[:2]: waiting} if is_known else {})
+    assert status.wanted.is_set() and spooler.wake.is_set()
+    spooler.queue.become(waiting, spoolgore.FLYING)
+    spooler.queue.taking = waiting
+    delivery.landed(None)  # once
+    assert (waiting.state, spooler.queue.taking) == (spoolgore.FLYING, waiting)
+
+
+def test_a_delivery_that_could_not_begin(spool, status):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail())
+    delivery, other = flying(spooler, "m1"), flying(spooler, "m2")
+    delivery.mail.entry = envelope_to(in_state(spoolgore.IN_FLIGHT))
+    spooler.queue.taking = other.mail
+    delivery.landed(None)
+    assert (delivery.mail.state, delivery.mail.due) == (spoolgore.RESTING, NOW + 60)
+    assert delivery.mail.envelope() == envelope_to(in_state(spoolgore.WAITING)) and spooler.queue.taking is other.mail
+
+
+@pytest.mark.parametrize(
+    "fault, state, due, reason",
+    [
+        (errno.EACCES, "stuck", 0, "Permission denied"),
+        (errno.EIO, "resting", 60, "Input/output error"),
+        (MemoryError(), "resting", 60, "MemoryError"),
+        (MemoryError("no stack"), "resting", 60, "no stack"),
+    ],
+)
+def test_files_that_cannot_be_opened(spool, status, monkeypatch, logged, fault, state, due, reason):
+    spooler = spooler_of(spool, status)
+    for name in ("m1", "m2"):
+        put(spool, name, mail())
+    for _ in range(2):
+        for name in ("m1", "m2"):
+            with failing(monkeypatch, "open", fault, name):
+                handle(spooler, name)
+    assert [one.state for one in status.queue.mails.values()] == [state] * 2
+    assert [one.due for one in status.queue.mails.values()] == [NOW + due if due else 0] * 2
+    wanted = {**envelope_to(), "From": "", "Error": f"unable to read mail file, {reason}"}
+    assert entry_of(status, str(spool / "m1")) == wanted
+    if due:
+        assert logged() == [f"unable to read mail files, {reason} (it is tried again)"]
+    else:
+        assert logged() == [f"{spool / name} unable to read mail file, {reason}" for name in ("m1", "m2")]
+        os.utime(spool / "m1")
+        with failing(monkeypatch, "open", fault, "m1"):
+            handle(spooler, "m1")
+        assert len(logged()) == 3
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["alice@example.org"] and names(spool) == ["m2"]
+
+
+def test_a_fault_that_nobody_foresaw_leaves_the_mail_for_a_minute(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail())
+    with failing(monkeypatch, "open", ZeroDivisionError("odd"), module=spooler.spool):
+        handle(spooler, "m1")
+    path = str(spool / "m1")
+    assert (state_in(spooler, "m1"), status.queue.mails[path].due) == (spoolgore.RESTING, NOW + 60)
+    assert logged()[0] == f"{path} unexpected error, it is tried again in a minute" and logged()[-1] == (
+        "ZeroDivisionError: odd"
+    )
+
+
+@pytest.mark.parametrize("rested, is_sent", [(0, False), (30, False), (61, True)])
+def test_a_file_that_somebody_has_open(spool, status, logged, rested, is_sent):
+    spooler, path = spooler_of(spool, status), spool / "m1"
+    put(spool, "m1", mail("a@x.org"))
+    now = time.time()
+    os.utime(path, (now, now))
+    spooler.clock = lambda: now + rested
+    with path.open("a"):
+        handle(spooler, "m1")
+    if is_sent:
+        text = f"{path} is sent, though somebody has it open for writing: it was left alone for a minute"
+        assert sent_by(spooler) == ["a@x.org"] and names(spool) == [] and logged()[0] == text
+    else:
+        assert sent_by(spooler) == logged() == [] and state_in(spooler, "m1") == spoolgore.RESTING
+        assert status.queue.mails[str(path)].due == now + rested + spoolgore.QUIET_SECONDS
+
+
+@pytest.mark.parametrize("has_entry", [True, False])
+@pytest.mark.parametrize("freq", [0, 7])
+def test_two_names_of_one_file_of_which_one_is_in_flight(spool, status, has_entry, freq):
+    spooler = spooler_of(spool, status, "-freq", str(freq))
+    put(spool, "m1", mail("a@x.org"))
+    os.link(spool / "m1", spool / "m2")
+    first = flying(spooler, "m1")
+    assert first.open()
+    if has_entry:
+        put_entry(status, str(spool / "m2"), envelope_to(addressee()))
+    handle(spooler, "m2")
+    assert sent_by(spooler) == [] and state_in(spooler, "m1") == spoolgore.FLYING
+    assert state_in(spooler, "m2") == ("resting" if has_entry else None)
+    if has_entry:
+        assert status.queue.mails[str(spool / "m2")].due == NOW + (freq or 1)
+    first.landed(None)
+
+
+def test_a_mail_that_waited_under_another_name_goes_on_where_it_was(spool, status):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    verdicts = {"a@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED), "b@x.org": DEFERRED}
+    genuine, spooler.relay.send = spooler.relay.send, lambda sender, addresses, message: verdicts
+    status.commit = lambda mail: True
+    handle(spooler, "m1")
+    rename(spool, "m1", "m2")
+    put(spool, "m1", mail("c@x.org"))
+    before, delivery = status.queue.mails[str(spool / "m1")], flying(spooler, "m2")
+    spooler.queue.taking, spooler.queue.mails[str(spool / "m1")].forced = delivery.mail, True
+    spooler.relay.send = genuine
+    delivery.run()
+    assert delivery.mail is before and spooler.queue.taking is before
+    delivery.landed(None)
+    assert sent_by(spooler) == ["b@x.org"] and spooler.queue.taking is None and names(spool) == ["m1"]
+
+
+def test_a_new_mail_goes_at_once_although_its_moment_was_rounded_up(spool, status):
+    spooler, moment = spooler_of(spool, status), NOW + 7e-7
+    spooler.clock = lambda: moment
+    assert spoolgore.parse_time(spoolgore.format_time(moment)) > moment
+    put(spool, "m1", mail("a@x.org"))
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"]
+
+
+def test_a_mail_that_could_not_be_read_and_was_mended_is_no_other_mail(spool, status, logged):
+    spooler, path = spooler_of(spool, status), str(spool / "m1")
+    put(spool, "m1", mail("a@x.org"))
+    put_entry(status, path, envelope_to(Error="has no recipients", Stat="changed"))
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"] and not any("was changed" in line for line in logged())
+
+
+def test_a_file_that_names_others_than_its_entry_is_said_until_it_goes(spool, status, logged):
+    spooler, path = spooler_of(spool, status), str(spool / "m1")
+    put(spool, "m1", mail("a@x.org, b@x.org, c@x.org"))
+    put_entry(status, path, envelope_to(addressee("b@x.org")))
+    sending(spooler, DEFERRED, DEFERRED)
+    for _ in range(2):
+        status.queue.mails[path].forced = True
+        handle(spooler, "m1")
+    text = f"{path} keeps the recipients of the first mail of its name, and not a@x.org, c@x.org"
+    assert logged().count(text) == 1 and len(spooler.said) == 1
+    (spool / "m1").unlink()
+    spooler.scan()
+    assert spooler.said == {} and status.queue.mails == {}
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("no stack")])
