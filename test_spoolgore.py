@@ -6424,6 +6424,91 @@ def test_a_file_that_somebody_has_open(spool, status, logged, rested, is_sent):
         assert status.queue.mails[str(path)].due == now + rested + spoolgore.QUIET_SECONDS
 
 
+def test_each_outcome_is_said_and_counted(spool, status, logged):
+    """d@x.org is asked again, in a transaction of his own."""
+    spooler, path = spooler_of(spool, status, "-fail5xx"), spool / "m1"
+    put(spool, "m1", mail("a@x.org, b@x.org, c@x.org, d@x.org, e@x.org"))
+    outcomes = {
+        "a@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED, "250 taken"),
+        "b@x.org": DEFERRED,
+        "c@x.org": spoolgore.Outcome(spoolgore.Verdict.REFUSED, "550 no"),
+        "d@x.org": spoolgore.Outcome(spoolgore.Verdict.AGAIN, "452 too many"),
+        "e@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED, ""),
+    }
+    asked = []
+
+    def send(sender, addresses, message):
+        asked.append(addresses)
+        return outcomes if len(asked) == 1 else {"d@x.org": outcomes["a@x.org"]}
+
+    spooler.relay.send, status.commit = send, lambda mail: True
+    handle(spooler, "m1")
+    assert asked == [list(outcomes), ["d@x.org"]] and spooler.tally == {"sent": 3, "deferred": 1, "given up": 1}
+    assert logged() == [
+        *(f"{path} sending mail to {address} attempt: 0" for address in outcomes),
+        f"{path} successfully sent to a@x.org: 250 taken",
+        f"{path} SMTP error, mail to b@x.org 451 4.3.0 later",
+        f"{path} SMTP error, mail to c@x.org 550 no",
+        f"{path} permanent SMTP error for c@x.org ... giving up",
+        f"{path} successfully sent to e@x.org",
+        f"{path} sending mail to d@x.org attempt: 0",
+        f"{path} successfully sent to d@x.org: 250 taken",
+    ]
+    assert status.queue.mails[str(path)].news == status.queue.epoch
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+@pytest.mark.parametrize(
+    "error, is_down, is_stopping, state",
+    [
+        (spoolgore.RelayDown("refused"), True, False, "held"),
+        (spoolgore.RelayDown("refused"), False, False, "resting"),  # it is up again by now
+        (spoolgore.RelayDown("refused"), False, True, "resting"),
+        (spoolgore.OutOfTurn(), False, False, "in line"),
+        (spoolgore.OutOfTurn(), True, False, "in line"),
+    ],
+)
+def test_a_mail_of_which_nobody_was_asked(spool, status, error, is_down, is_stopping, state, is_forced):
+    spooler, path = spooler_of(spool, status, "-rate", "10/h"), str(spool / "m1")
+    put(spool, "m1", mail("a@x.org"))
+    put_entry(status, path, envelope_to(addressee(error="451 before", attempts=3))).forced = is_forced
+
+    def fail(*_):
+        spooler.relay.down, spooler.stopping = "refused" if is_down else "", is_stopping
+        raise error
+
+    status.commit = lambda mail: True
+    if isinstance(error, spoolgore.OutOfTurn):
+        spooler.take_turn = fail
+    else:
+        spooler.relay.send = fail
+    handle(spooler, "m1")
+    waiting = status.queue.mails[path]
+    assert (waiting.state, waiting.forced) == (state, is_forced)
+    assert list(spooler.queue.ahead) == ([waiting] if state == "in line" else [])
+    known = addressee(error="451 before" if is_stopping else str(error) or "451 before", attempts=3)
+    assert waiting.envelope()["To"] == [known]
+    if state == "resting":
+        assert waiting.due == (0.0 if is_forced else NOW)
+
+
+def test_another_mail_that_took_the_name_of_one_in_flight(spool, status):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    delivered = spoolgore.Outcome(spoolgore.Verdict.DELIVERED)
+    sending(spooler, lambda: rename(spool, "m1", "m2") or put(spool, "m1", mail("b@x.org")) or delivered)
+    handle(spooler, "m1")
+    assert names(spool) == ["m1"] and state_in(spooler, "m1") == "in line" and state_in(spooler, "m2") is None
+
+
+def test_what_needs_no_word_is_left_alone_without_one(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status)
+    (spool / "folder").mkdir()
+    with failing(monkeypatch, "open", errno.EACCES, "folder"):  # as Windows does with a directory
+        handle(spooler, "folder")
+    assert logged() == [] and state_in(spooler, "folder") == "stuck"
+
+
 @pytest.mark.parametrize("has_entry", [True, False])
 @pytest.mark.parametrize("freq", [0, 7])
 def test_two_names_of_one_file_of_which_one_is_in_flight(spool, status, has_entry, freq):
