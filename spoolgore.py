@@ -4742,7 +4742,6 @@ class Delivery:
             self.cannot_reach(error)
         except Exception:  # noqa: BLE001
             log.traceback(f"{self.path} unexpected error, it is tried again in a minute")
-            self.rest()
 
     def landed(self, _greenlet):
         """The greenlet has ended, or could not even begin."""
@@ -4831,7 +4830,6 @@ class Delivery:
 
     def cannot_reach(self, error):
         """Out of descriptors or memory, or a fault of the disk: the file itself may be fine, and need not change."""
-        self.rest()
         reason = getattr(error, "strerror", "") or describe(error)
         self.spooler.say("read", f"unable to read mail files, {reason} (it is tried again)")
         if not isinstance(self.mail.entry, dict):

@@ -925,6 +925,14 @@ def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
     assert getattr(options_of(f"-{flag}=s3cret", f"-{user}=me", "spool"), flag) == "s3cret"
 
 
+def test_a_name_for_a_certificate_needs_tls():
+    assert options_of("-tlsname", "mx", "spool").tlsname == "mx"
+    with pytest.raises(
+        spoolgore.UsageError, match='^invalid value "mx" for flag -tlsname: there is no TLS with -tls off$'
+    ):
+        options_of("-tlsname", "mx", "-tls", "off", "spool")
+
+
 @pytest.mark.parametrize("user, flag", [("smtpuser", "smtppassword"), ("smtpmd5user", "smtpmd5password")])
 def test_a_user_without_a_password_is_said(logged, user, flag):
     options, command = [f"-{user}=me", "spool"], ["-smtppasswordcommand", "true"]
@@ -1676,6 +1684,37 @@ def test_a_large_file_that_grows_while_it_is_sent_is_not_sent(tmp_path, scripted
         outcome = connection.transact("app@x.org", ["a@x.org"], message)["a@x.org"]
     assert outcome == (spoolgore.Verdict.DEFERRED, "the file grew while it was read")
     assert connection.broken and relay.connections.items[0].ended.wait(PATIENCE) and not relay.mails.items
+
+
+@pytest.mark.parametrize(
+    "text, is_same",
+    [
+        ("To: a@x.org\n\nHello.\n", True),
+        ("To: a@x.org\r\n\r\nHello.", True),  # it is sent as it was
+        ("To: a@x.org\n\nHello!\n", False),
+        ("To: b@x.org\n\nHello.\n", False),
+        ("From: b@x.org\nTo: a@x.org\n\nHello.\n", False),
+        ("To: a@x.org\nBcc: b@x.org\n\nHello.\n", False),
+        ("no mail", False),
+        ("", False),
+    ],
+)
+def test_whether_a_file_still_says_what_it_said(tmp_path, text, is_same):
+    path = tmp_path / "m1"
+    path.write_text("To: a@x.org\n\nHello.\n")
+    with path.open("rb") as file:
+        message = spoolgore.Message(file, path.stat().st_size)
+        message.add(NOW, "<1@x.org>")
+        path.write_bytes(text.encode())
+        assert message.is_unchanged() is is_same
+
+
+def test_a_file_that_is_read_in_pieces(tmp_path):
+    class Scant(io.BytesIO):
+        def read(self, octets=-1):
+            return super().read(min(octets, 7))
+
+    assert spoolgore.Message(Scant(b"To: a@x.org\n\nHello.\n"), 20).whole == b"To: a@x.org\r\n\r\nHello.\r\n"
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again_soon(spool, status, monkeypatch, logged):
@@ -2562,7 +2601,7 @@ def test_every_move_of_a_recipient(before, name):
 def test_given_up_without_a_text_is_not_taken_for_delivered():
     recipient = in_state(spoolgore.IN_FLIGHT)
     spoolgore.gave_up(recipient, "")
-    assert spoolgore.state(recipient) == spoolgore.GIVEN_UP
+    assert (spoolgore.state(recipient), recipient["Error"]) == (spoolgore.GIVEN_UP, "given up")
 
 
 @pytest.mark.parametrize(
@@ -2694,6 +2733,285 @@ def test_merge_leaves_each_recipient_the_dict_that_its_greenlet_holds():
     assert held[1]["Attempts"] == 9
 
 
+def test_merge_takes_two_recipients_of_one_address_in_their_order():
+    first, second = in_state(spoolgore.IN_FLIGHT, attempts=1), in_state(spoolgore.WAITING, attempts=2, Note="gone")
+    merged = spoolgore.merge(envelope_to(addressee(), addressee(attempts=9)), envelope_to(first, second), False)
+    assert merged == envelope_to(in_state(spoolgore.IN_FLIGHT, attempts=1), addressee(attempts=9))
+    assert merged["To"][0] is first and merged["To"][1] is second
+
+
+@pytest.mark.parametrize("empty", [None, []])
+def test_merge_of_lists_that_are_null(empty):
+    edited, live = envelope_to(addressee(), Cc=empty), envelope_to(in_state(spoolgore.IN_FLIGHT), Bcc=empty)
+    assert spoolgore.merge(edited, live, False) == envelope_to(in_state(spoolgore.IN_FLIGHT))
+    nobody = {"To": empty, "Cc": empty, "Bcc": empty}
+    assert spoolgore.merge(dict(nobody), nobody, False) == dict.fromkeys(("To", "Cc", "Bcc"), [])
+
+
+@pytest.mark.parametrize(
+    "envelope, has_some, is_partly",
+    [
+        (None, False, False),
+        ([], False, False),
+        ("delivered", False, False),
+        ({}, False, False),
+        (envelope_to(Error="has no recipients"), False, False),
+        ({"To": None, "Bcc": [in_state("waiting")]}, True, False),
+        (envelope_to(cc=[in_state("given up"), in_state("in flight")]), True, False),
+        (envelope_to(in_state("waiting"), cc=[in_state("delivered")]), True, True),
+        (envelope_to(in_state("delivered")), True, True),
+    ],
+)
+def test_what_is_known_of_an_entry(envelope, has_some, is_partly):
+    assert spoolgore.has_recipients(envelope) is has_some
+    assert spoolgore.is_partly_delivered(envelope) is is_partly
+
+
+def test_who_is_named_by_a_message_and_not_by_the_entry():
+    message = read_message("To: a@x.org, b@x.org\nCc: c@x.org\nBcc: d@x.org\n\n")
+    assert spoolgore.unknown_to(envelope_to(addressee("b@x.org")), message) == "a@x.org, c@x.org, d@x.org"
+    known = envelope_to(addressee("d@x.org"), addressee("c@x.org"), cc=[addressee("b@x.org"), addressee("a@x.org")])
+    assert spoolgore.unknown_to(known, message) == ""
+
+
+def test_an_entry_knows_its_file_until_that_is_another_one():
+    envelope = envelope_to()
+    assert not spoolgore.is_changed(envelope, (1, 2, 3, 4)) and envelope == envelope_to()  # of the original
+    spoolgore.set_file(envelope, (1, 2, 3, 4), "<1@x.org>")
+    assert envelope == envelope_to(MessageID="<1@x.org>", Stat="2 3 4")
+    assert not spoolgore.is_changed(envelope, (9, 2, 3, 4))  # the device has another number after a reboot
+    spoolgore.set_file(envelope, (1, 2, 3, 5))
+    assert envelope == envelope_to(MessageID="<1@x.org>", Stat="2 3 5")
+    for identity in ((1, 2, 3, 4), (1, 2, 3, 5)):  # once is for ever
+        assert spoolgore.is_changed(envelope, identity) and envelope["Stat"] == "changed"
+
+
+# ------------------------------------------------------------------- queue
+
+DIAGRAM_OF_MAILS = {  # state -> those that may follow it
+    "left": {"in line", "resting", "aside", "flying"},
+    "in line": {"flying", "aside", "left"},
+    "flying": {"in line", "resting", "held", "stuck", "aside", "left"},
+    "aside": {"resting", "flying", "left"},
+    **dict.fromkeys(("resting", "held", "stuck"), {"in line", "resting", "flying", "aside", "left"}),
+}
+
+
+@pytest.mark.parametrize("after", DIAGRAM_OF_MAILS)
+@pytest.mark.parametrize("before", DIAGRAM_OF_MAILS)
+def test_every_move_of_a_mail(before, after):
+    queue, counts = spoolgore.Queue(), dict.fromkeys(DIAGRAM_OF_MAILS, 0)
+    assert queue.counts == counts
+    mail = queue.add("m1")
+    mail.state = before
+    if after in DIAGRAM_OF_MAILS[before]:
+        queue.become(mail, after)
+        counts = {**counts, before: -1, after: 1} if after != before else counts
+        assert (mail.state, queue.counts) == (after, counts)
+    else:
+        with pytest.raises(ValueError, match=f"^m1 is {before} and cannot be {after}$"):
+            queue.become(mail, after)
+        assert (mail.state, queue.counts) == (before, counts)
+
+
+def queue_of(**states):
+    """A queue of mails of these names; those who fly have an identity."""
+    queue = spoolgore.Queue()
+    for number, (name, state) in enumerate(states.items(), 1):
+        mail = queue.add(name)
+        if state in ("held", "stuck"):
+            queue.become(mail, "flying")
+        if state == "in line":
+            queue.line_up(mail, queue.fresh)
+        elif state == "resting":
+            queue.rest(mail, NOW + number)
+        else:
+            queue.become(mail, state)
+        if state == "flying":
+            queue.identify(mail, (1, number, 3, 4))
+    return queue
+
+
+def test_what_a_new_mail_is():
+    mail = spoolgore.Queue().add("m1")
+    known = {
+        "path": "m1",
+        "state": "left",
+        "due": 0.0,
+        "whole": False,
+        "forced": False,
+        "need": 1,
+        "news": 0,
+        "print": 0,
+    }
+    known |= dict.fromkeys(("entry", "identity", "seen"))
+    assert {name: getattr(mail, name) for name in mail.__slots__} == known
+
+
+def taken(queue, count=99, room=math.inf):
+    """The names of the next mails."""
+    mails = [mail for mail in (queue.take(room) for _ in range(count)) if mail]
+    assert all(mail.state == "flying" for mail in mails)
+    return " ".join(mail.path for mail in mails)
+
+
+def test_whoever_rests_is_in_line_again_when_his_time_has_come():
+    queue = queue_of(m1="resting", m2="resting", m3="resting", m4="held")
+    assert queue.next_due() == NOW + 1
+    queue.release(NOW + 1)
+    assert taken(queue) == "" and queue.next_due() == NOW + 1
+    queue.rest(queue.mails["m2"], NOW + 5)
+    queue.release(NOW + 2.5)
+    assert taken(queue) == "m1" and queue.next_due() == NOW + 3  # m2 is due later by now
+    queue.release(NOW + 9)
+    assert taken(queue) == "m3 m2" and queue.next_due() == math.inf
+    queue.release_held()
+    assert taken(queue) == "m4"
+
+
+def test_times_that_are_outdated_take_no_room():
+    count, shuffled = 60, random.Random(1)
+    queue = queue_of(**{f"m{number}": "resting" for number in range(count)})
+    lists, moments = [queue.times], [NOW + number for number in range(10 * count)]
+    shuffled.shuffle(moments)
+    for mail, moment in zip(itertools.cycle(list(queue.mails.values())), moments):
+        queue.rest(mail, moment)
+        lists += [queue.times] if queue.times is not lists[-1] else []
+        assert len(queue.times) <= 101 + 2 * count
+    assert 3 < len(lists) < 6  # some work, now and then
+    for moment in range(0, 10 * count, 7):
+        queue.release(NOW + moment)
+        taken(queue)
+        assert all(mail.due >= NOW + moment for mail in queue.those("resting"))
+        assert all(mail.due < NOW + moment for mail in queue.those("flying"))
+    queue = queue_of(**{f"m{number}": "resting" for number in range(count)})
+    for _ in range(10):
+        queue.look_again(lambda mail: NOW)
+    assert len(queue.times) == count
+    for number in range(10):
+        for mail in queue.those("resting"):
+            queue.become(mail, "flying")
+            queue.rest(mail, NOW + number)
+    for mail in queue.those("resting"):
+        queue.become(mail, "flying")
+    queue.rest(mail, NOW)
+    assert len(queue.times) == 1
+
+
+def test_who_rested_before_the_relay_was_down_is_held_until_it_is_up():
+    queue = queue_of(m1="resting")
+    queue.become(queue.mails["m1"], "flying")
+    queue.become(queue.mails["m1"], "held")
+    queue.release(NOW + 9)
+    assert taken(queue) == ""
+
+
+def test_new_mails_and_old_ones_take_turns():
+    queue = queue_of(**{f"m{number}": "in line" for number in range(1, 5)}, o1="resting", o2="resting", a1="flying")
+    queue.release(NOW + 9)
+    queue.line_up(queue.mails["a1"], queue.ahead)
+    assert taken(queue) == "a1 o1 m1 o2 m2 m3 m4" and queue.take() is None
+
+
+def test_under_a_rate_one_mail_at_most_has_its_turn_to_come():
+    queue = queue_of(m1="in line", m2="in line")
+    queue.mails["m1"].need = 3
+    assert (queue.need(), taken(queue, room=2), taken(queue, room=3), queue.need()) == (3, "", "m1", 1)
+    queue.began(queue.mails["m2"])
+    assert taken(queue, room=3) == ""
+    queue.began(queue.mails["m1"])
+    assert (taken(queue, room=3), queue.need()) == ("m2", 0)
+
+
+def test_who_is_in_line_and_leaves_it_is_passed_over():
+    queue = queue_of(m1="in line", m2="in line", m3="in line")
+    queue.drop(queue.mails["m1"])
+    queue.become(queue.mails["m3"], "aside")
+    assert (queue.need(), taken(queue), queue.need()) == (1, "m2", 0)
+
+
+def test_a_flush_makes_everybody_due_who_waits_here():
+    queue = queue_of(m1="resting", m2="held", m3="stuck", m4="aside", m5="flying", m6="in line")
+    queue.flush()
+    queue.release(NOW)
+    assert taken(queue) == "m6 m1 m2 m3"
+    assert {name: mail.forced for name, mail in queue.mails.items()} == {f"m{n}": n != 4 for n in range(1, 7)}
+
+
+def test_whoever_waits_for_his_writer_is_looked_at_again():
+    queue = queue_of(m1="resting", m2="resting", m3="stuck")
+    queue.mails["m2"].entry = envelope_to(addressee())
+    queue.open_unread()
+    queue.release(NOW)
+    assert taken(queue) == "m1"
+
+
+def test_the_mails_in_some_states():
+    queue = queue_of(m1="resting", m2="held", m3="stuck", m4="held")
+    assert [mail.path for mail in queue.those("held", "stuck")] == ["m2", "m3", "m4"]
+    assert queue.those("aside", "flying") == []
+
+
+def test_a_mail_that_is_renamed():
+    queue = queue_of(m1="resting", m2="flying", m3="resting", m4="flying")
+    m1, m2, m3, m4 = queue.mails.values()
+    for mail in (m1, m4):
+        mail.entry = spoolgore.pack(mail.path, envelope_to(addressee()))
+    queue.epoch = 7
+    queue.rename(m1, "m5")
+    assert queue.mails == {"m2": m2, "m3": m3, "m4": m4, "m5": m1} and queue.dropped == {"m1"}
+    assert (m1.path, m1.news, m1.entry) == ("m5", 7, spoolgore.pack("m5", envelope_to(addressee())))
+    queue.rename(m2, "m3")  # of which nothing is left
+    assert queue.mails == {"m3": m2, "m4": m4, "m5": m1} and (m3.state, m3.news, m2.news) == ("left", 0, 7)
+    queue.rename(m2, "m4")  # which is in flight, and will find its own
+    assert queue.mails == {"m3": m4, "m4": m2, "m5": m1} and (m4.path, m4.news) == ("m3", 7)
+    assert queue.dropped == {"m1", "m2", "m3"} and m4.state == "flying"
+    queue.rename(m2, "m4")
+    assert queue.mails == {"m3": m4, "m4": m2, "m5": m1} and m2.path == "m4"
+
+
+def test_a_name_that_was_freed_may_be_taken_by_now():
+    queue = queue_of(m1="flying", m2="flying")
+    m1, m2 = queue.mails.values()
+    again = queue.add("m1")
+    queue.rename(m1, "m2")
+    assert queue.mails == {"m1": again, "m2": m1} and (m2.path, m2.state) == ("m2", "flying")
+
+
+def test_a_file_that_is_seen_under_another_name():
+    queue = queue_of(m1="flying", m2="flying")
+    m1, m2 = queue.mails.values()
+    assert queue.identify(m2, (1, 1, 9, 9)) is m1  # in flight its inode is pinned
+    queue.rest(m1, NOW)
+    assert queue.identify(m2, (1, 1, 3, 4)) is m1  # at rest all must be the same
+    assert queue.identify(m2, (1, 1, 3, 5)) is m2 and queue.known == {(1, 1): m2} and m2.identity == (1, 1, 3, 5)
+    queue.forget(m1)
+    assert queue.known == {(1, 1): m2} and m1.identity is None
+    queue.forget(m2)
+    assert queue.known == {} and m2.identity is None
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_only_who_is_partly_delivered_is_known_when_he_is_back(status):
+    queue = queue_of(m1="flying")
+    mail = queue.mails["m1"]
+    mail.entry = envelope_to(addressee(status=status), addressee())
+    queue.lose(mail)
+    known = {(1, 1): mail} if status == 2 else {}
+    assert (queue.mails, queue.known, queue.dropped, mail.state) == ({}, known, {"m1"}, "left")
+    assert mail.identity == ((1, 1, 3, 4) if known else None) and list(queue.away) == list(known.values())
+    assert mail.envelope() == envelope_to(addressee(status=status), addressee())
+
+
+def test_who_is_dropped_takes_no_other_of_his_name_with_him():
+    queue = queue_of(m1="resting")
+    before = queue.mails["m1"]
+    after = queue.add("m1")
+    queue.become(after, "aside")
+    queue.drop(before)
+    assert queue.mails == {"m1": after} and queue.dropped == set() and before.state == "left"
+
+
 # ------------------------------------------------------------------ status
 
 OF_THE_ORIGINAL = """{
@@ -2739,12 +3057,12 @@ def status(tmp_path):
 
 
 @contextlib.contextmanager
-def no_room():
-    """No file can be written to, not even by root."""
+def no_room(octets=0):
+    """No file can have more octets, not even root's."""
     import resource  # not on Windows
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (octets, before[1]))
     try:
         yield
     finally:
@@ -3233,6 +3551,46 @@ def test_nobody_stays_in_flight_after_an_unexpected_error(spool, status, monkeyp
     assert (state_in(spooler, "m1"), status.queue.mails[path].due) == ("resting", NOW + 60)
 
 
+def test_a_status_file_of_many_pieces_is_read_as_it_was_written(status):
+    entries = {f'/spool/"{n},\n\t"': envelope_to(addressee(error='",\n\t"' * 20), addressee()) for n in range(1000)}
+    for path, entry in entries.items():
+        put_entry(status, path, entry)
+    status.save()
+    text = Path(status.path).read_bytes()
+    parts = list(spoolgore.pieces(text))
+    assert len(parts) > len(text) // (2 * spoolgore.CHUNK) > 1
+    assert dict(spoolgore.read_status(status.path)) == entries == json.loads(text)
+
+
+def test_a_new_file_replaces_nothing_that_stands_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "urandom", lambda octets: b"\0" * octets)
+    for suffix in ("new", "new-0000000000000000"):
+        (tmp_path / f".file.{suffix}").mkdir()
+    with pytest.raises(FileExistsError, match=r"\.file\.new-0000000000000000"):
+        spoolgore.write_durably(str(tmp_path / "file"), [b"text"])
+    (tmp_path / ".file.new-0000000000000000").rmdir()
+    spoolgore.write_durably(str(tmp_path / "file"), [b"text"])
+    assert (tmp_path / "file").read_text() == "text" and sorted(os.listdir(tmp_path)) == [".file.new", "file"]
+
+
+def test_a_corrupt_status_file_that_cannot_be_moved_is_said(status, monkeypatch, logged):
+    write_status(status, b"[]")
+    with failing(monkeypatch, "rename", errno.EROFS):
+        status.set_aside(NOW, "not a JSON object")
+    wanted = f"corrupt status file {status.path}, not a JSON object: Read-only file system"
+    assert logged() == [wanted] and Path(status.path).read_bytes() == b"[]"
+
+
+def test_what_needs_a_thread_and_gets_none_fails_as_the_system_does(monkeypatch):
+    def refuse(function, arguments):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(gevent.get_hub(), "threadpool", types.SimpleNamespace(apply=refuse))
+    with pytest.raises(OSError, match="no thread: can't start new thread") as problem:
+        spoolgore.off_the_hub(os.getpid)
+    assert problem.value.errno == errno.EAGAIN
+
+
 # -------------------------------------------------------------------- rate
 
 
@@ -3475,6 +3833,19 @@ def test_a_rate_file_that_cannot_be_written_is_said_once_and_heals(tmp_path, log
     assert again.room() == turnstile.room() == 8
 
 
+def test_half_a_line_of_the_rate_file_counts_as_none(tmp_path, logged):
+    path = tmp_path / "rate"
+    turnstile = spoolgore.Turnstile([(10, 60)], str(path), lambda: NOW)
+    turnstile.load()
+    turnstile.begin(2)
+    with no_room(path.stat().st_size + 1):
+        turnstile.end(2)
+    assert path.read_text().endswith("\n+2\n-") and len(logged()) == 1
+    assert logged()[0].startswith(f"unable to write {path}, No space left on device: ")
+    turnstile.begin(3)
+    assert path.read_text() == f"+2\n-2 {NOW:.6f}\n+3\n"
+
+
 # ------------------------------------------------------------------ report
 
 
@@ -3561,6 +3932,8 @@ def test_what_status_says_above_the_table():
     ]
     assert sorted(text[6:-1]) == ["error: 1 x 550 before", "error: 1 x bad"]
     assert text[-1] == "attention: relay b:25 is down, 1 given up, 1 unusable, a mail waits for 2h"
+    limited = spoolgore.summary_of(spoolgore.Tally(), {**FACTS, "next turn": spoolgore.format_time(NOW + 90)}, NOW)
+    assert "rate: the next turn is in 1m" in [*spoolgore.headlines(limited, NOW)]
     starting = spoolgore.summary_of(spoolgore.Tally(), {"pid": "4711", "": ""}, NOW)
     assert next(spoolgore.headlines(starting, NOW)) == "daemon: running, pid 4711"
     nothing = "mails: 0 new, 0 waiting, 0 in flight, 0 deferred, 0 given up, 0 unusable, 0 held"
@@ -4736,6 +5109,45 @@ def opened(spool):
         yield opener
 
 
+def test_what_no_file_of_a_spool_is_opened_as(spool, opened, monkeypatch):
+    put(spool, "m1", mail())
+    the_spool = opened("m1")[0]
+    with pytest.raises(FileNotFoundError):
+        the_spool.open(str(spool / "m1" / "m2"))
+    (spool / "folder").mkdir()
+    for name, kind in (("folder", spoolgore.NotAMail), ("m1", PermissionError)):
+        with failing(monkeypatch, "open", errno.EACCES), pytest.raises(kind):  # as Windows does with a directory
+            the_spool.open(str(spool / name))
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOENT])
+def test_a_watch_that_cannot_be_had_leaves_no_descriptor_open(spool, monkeypatch, fault):
+    before = os.listdir("/proc/self/fd")
+    if fault == errno.ENOSYS:
+        monkeypatch.setattr(spoolgore.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
+    with pytest.raises(OSError) as problem:
+        spoolgore.Watch(str(spool), str(spool / "no lock"))
+    assert problem.value.errno == fault and os.listdir("/proc/self/fd") == before
+
+
+def test_age_and_change_of_a_file_that_cannot_be_looked_at(spool, status, monkeypatch):
+    path = str(spool / "m1")
+    assert spoolgore.age_key(path) == (0.0, path) and spoolgore.written(path) == 0.0
+    (spool / "m1").write_text(mail())
+    os.utime(path, (NOW, NOW))
+    assert spoolgore.age_key(path) == (NOW, path) and spoolgore.written(path) == NOW
+    spooler = spooler_of(spool, status)
+    stuck = spooler.queue.add(path)
+    spooler.queue.become(stuck, spoolgore.FLYING)
+    spooler.queue.become(stuck, spoolgore.STUCK)
+    assert spoolgore.has_changed(stuck)
+    with failing(monkeypatch, "lstat", errno.EIO, "m1"):
+        assert spoolgore.written(path) == 0.0 and not spoolgore.has_changed(stuck)
+    with failing(monkeypatch, "listdir", errno.EIO):
+        assert spooler.remains()  # in doubt
+    assert spoolgore.written(str(spool)) == 0.0
+
+
 @pytest.mark.parametrize("reply", [None, LATER, b"550 5.1.1 no such user\r\n"])
 @pytest.mark.parametrize("replacement", [None, "another@x.org"])
 def test_a_file_that_goes_or_is_replaced_in_mid_transaction(spool, scripted, start, reply, replacement):
@@ -5818,6 +6230,419 @@ def test_the_lock_is_ours_also_after_it_was_taken_anew(spool, status):
     question = f"import sys, spoolgore; spoolgore.Spool({str(spool)!r}).lock()"
     second = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, cwd=SCRIPT.parent)
     assert "Locked: spool directory" in second.stderr and not spooler.stopping
+
+
+def sending(spooler, *ends):
+    """The relay of this Spooler raises one after the other, calls what can be called, or has an Outcome for all."""
+    ends, sent = list(ends), []
+
+    def send(sender, addresses, message):
+        sent.append(addresses)
+        end = ends.pop(0)
+        end = end() if callable(end) else end
+        if isinstance(end, BaseException):
+            raise end
+        return dict.fromkeys(addresses, end)
+
+    spooler.relay.send = send
+    return sent
+
+
+def test_an_error_that_nobody_foresaw_defers_the_mail(spool, status, logged):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    sending(spooler, LookupError("odd"))
+    handle(spooler, "m1")
+    path = str(spool / "m1")
+    wanted = addressee(error="unexpected error, see the log", attempts=1, moment=spoolgore.format_time(NOW + 60))
+    assert entry_of(status, path)["To"] == [wanted] and state_in(spooler, "m1") == spoolgore.RESTING
+    assert status.queue.mails[path].due == NOW + 60
+    assert logged()[1] == f"{path} unexpected error" and logged()[-2] == "LookupError: odd"
+
+
+@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("error", [gevent.GreenletExit(), MemoryError()])
+def test_a_delivery_that_is_stopped_in_mid_transaction(spool, status, error, stays):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    sending(spooler, lambda: error if stays else (spool / "m1").unlink() or error)
+    handle(spooler, "m1")
+    word = "no memory" if isinstance(error, MemoryError) else "stopped"
+    if stays:
+        text = f"{word} in the middle of a transaction: the mail may have arrived"
+        assert entry_of(status, str(spool / "m1"))["To"] == [addressee(error=text)]
+        assert state_in(spooler, "m1") == spoolgore.RESTING
+    else:
+        assert status.queue.mails == {}
+
+
+def test_a_file_that_is_removed_at_the_last_moment(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    genuine = os.unlink
+    monkeypatch.setattr(os, "unlink", lambda path, **more: [genuine(path, **more) for _ in range(2)])
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"] and status.queue.mails == {} and spooler.said == {}
+
+
+def test_one_of_two_names_that_changes_while_they_are_looked_for(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    os.link(spool / "m1", spool / "m2")
+    genuine = spooler.spool.names
+
+    def renamed(*arguments):
+        if (spool / "m1").exists():
+            rename(spool, "m1", "m3")
+        return genuine(*arguments)
+
+    monkeypatch.setattr(spooler.spool, "names", renamed)
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"] and names(spool) == [] and status.queue.mails == {}
+
+
+def test_what_was_put_aside_and_cannot_be_synced_is_said(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status, "-attempts", "1")
+    put(spool, "m1", mail("a@x.org"))
+    monkeypatch.setattr(status, "commit", lambda mail: True)
+    sending(spooler, DEFERRED)
+    with failing(monkeypatch, "sync", errno.EIO, module=spooler.spool):
+        handle(spooler, "m1")
+    assert logged()[-1] == f"unable to sync {spool / '.failed'}, Input/output error"
+    assert given_up(spool) == ["m1"] and list(status.queue.mails) == [str(spool / ".failed" / "m1")]
+
+
+def test_a_malformed_entry_of_a_mail_that_is_back_from_failed_is_kept(spool, status, logged):
+    spooler = spooler_of(spool, status)
+    aside(status, spool).entry = spoolgore.pack("", {"To": 7})
+    put(spool, "m1", mail("a@x.org"))
+    handle(spooler, "m1")
+    assert entry_of(status, str(spool / "m1")) == {"To": 7} and sent_by(spooler) == []
+    assert logged()[-1] == f"{spool / 'm1'} is held, its entry in the status file is malformed: To is not a list"
+
+
+def test_a_mail_that_is_back_from_failed_and_gone_again(spool, status):
+    spooler = spooler_of(spool, status)
+    aside(status, spool, ("a@x.org", 2, ""), ("b@x.org", 2, "550 no"))
+    handle(spooler, "m1")
+    assert status.queue.mails == {} and sent_by(spooler) == []
+
+
+@pytest.mark.parametrize("problem", ["its name is taken", "its entry is malformed", ""])
+def test_a_mail_that_is_moved_from_failed_behind_a_dot(spool, status, problem):
+    spooler = spooler_of(spool, status)
+    mail_aside = aside(status, spool, ("a@x.org", 2, "550 no"))
+    put(spool, ".m1", mail("a@x.org"))
+    if problem == "its name is taken":
+        spooler.queue.add(str(spool / "m1"))
+    elif problem:
+        mail_aside.entry = spoolgore.pack("", {"To": 7})
+    before = mail_aside.envelope()
+    assert spooler.lookout.is_held(mail_aside) == (not problem)
+    assert mail_aside.state == spoolgore.ASIDE
+    if problem:
+        assert mail_aside.envelope() == before and mail_aside.path == str(spool / ".failed" / "m1")
+    else:
+        assert mail_aside.path == str(spool / "m1") and mail_aside.envelope()["To"][0]["Status"] == 0
+        spooler.lookout.release(mail_aside)  # nothing is there
+        assert mail_aside.state == spoolgore.ASIDE
+
+
+def test_the_loop_goes_on_whatever_it_meets(spool, status, monkeypatch, logged):
+    monkeypatch.setattr(spoolgore, "QUIET_SECONDS", 0)
+    spooler, rounds = spooler_of(spool, status), []
+
+    def turn():
+        rounds.append(1)
+        spooler.wake.set()
+        spooler.stopping = len(rounds) == 3
+        if len(rounds) == 2:
+            raise LookupError("odd")
+
+    monkeypatch.setattr(spooler, "round", turn)
+    assert spooler.run() == 0 and len(rounds) == 3
+    assert logged()[0] == "unexpected error in the loop" and "LookupError: odd" in logged()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_lock_that_was_removed_is_taken_again(spool, status, logged, is_new):
+    spooler = spooler_of(spool, status)
+    waiting, flying = put_entry(status, str(spool / "m1"), envelope_to(addressee())), spooler.queue.add("m2")
+    spooler.queue.become(flying, spoolgore.FLYING)
+    (spool / ".spoolgore.lock").unlink()
+    if is_new:
+        spool.rename(spool.parent / "former")
+        spool.mkdir()
+    spooler.reopen()
+    assert spooler.queue.mails == ({"m2": flying} if is_new else {waiting.path: waiting, "m2": flying})
+    assert logged() == (["status reloaded", f"spool directory {spool} was made again"] if is_new else [])
+    assert spooler.spool.still_locked() and spooler.queue.dropped == set()
+
+
+def flying(spooler, name):
+    """The Delivery of a mail that has begun."""
+    path = spooler.spool.path(name)
+    mail = spooler.queue.mails.get(path) or spooler.queue.add(path)
+    spooler.queue.become(mail, spoolgore.FLYING)
+    return spoolgore.Delivery(spooler, mail)
+
+
+@pytest.mark.parametrize(
+    "to, is_linked, is_known",
+    [("b@x.org", False, False), ("b@x.org", True, True), ("a@x.org, b@x.org", False, True)],
+)
+def test_what_is_left_of_a_delivery_whose_mail_waits(spool, status, to, is_linked, is_known):
+    """A file is recognised later if somebody has it already, or if it has another name."""
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail(to))
+    if is_linked:
+        os.link(spool / "m1", spool / "m2")
+    verdicts = {"a@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED), "b@x.org": DEFERRED}
+    begun = []
+    spooler.relay.send = lambda sender, addresses, message: begun.append(status.wanted.is_set()) or verdicts
+    status.commit = lambda mail: True
+    delivery = flying(spooler, "m1")
+    delivery.run()
+    assert begun == [True]  # its entry may be written as soon as there is one
+    status.wanted.clear()
+    spooler.wake.clear()
+    spooler.queue.taking = delivery.mail
+    delivery.landed(None)
+    waiting, known = delivery.mail, spoolgore.identity(os.stat(spool / "m1"))
+    assert (waiting.state, waiting.due, waiting.print) == (spoolgore.RESTING, NOW + 60, hash(known))
+    assert delivery.file.closed and isinstance(waiting.entry, bytes) and spooler.queue.taking is None
+    assert spooler.queue.known == ({known[:2]: waiting} if is_known else {})
+    assert status.wanted.is_set() and spooler.wake.is_set()
+    spooler.queue.become(waiting, spoolgore.FLYING)
+    spooler.queue.taking = waiting
+    delivery.landed(None)  # once
+    assert (waiting.state, spooler.queue.taking) == (spoolgore.FLYING, waiting)
+
+
+def test_a_delivery_that_could_not_begin(spool, status):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail())
+    delivery, other = flying(spooler, "m1"), flying(spooler, "m2")
+    delivery.mail.entry = envelope_to(in_state(spoolgore.IN_FLIGHT))
+    spooler.queue.taking = other.mail
+    delivery.landed(None)
+    assert (delivery.mail.state, delivery.mail.due) == (spoolgore.RESTING, NOW + 60)
+    assert delivery.mail.envelope() == envelope_to(in_state(spoolgore.WAITING)) and spooler.queue.taking is other.mail
+
+
+@pytest.mark.parametrize(
+    "fault, state, due, reason",
+    [
+        (errno.EACCES, "stuck", 0, "Permission denied"),
+        (errno.EIO, "resting", 60, "Input/output error"),
+        (MemoryError(), "resting", 60, "MemoryError"),
+        (MemoryError("no stack"), "resting", 60, "no stack"),
+    ],
+)
+def test_files_that_cannot_be_opened(spool, status, monkeypatch, logged, fault, state, due, reason):
+    spooler = spooler_of(spool, status)
+    for name in ("m1", "m2"):
+        put(spool, name, mail())
+    for _ in range(2):
+        for name in ("m1", "m2"):
+            with failing(monkeypatch, "open", fault, name):
+                handle(spooler, name)
+    assert [one.state for one in status.queue.mails.values()] == [state] * 2
+    assert [one.due for one in status.queue.mails.values()] == [NOW + due if due else 0] * 2
+    wanted = {**envelope_to(), "From": "", "Error": f"unable to read mail file, {reason}"}
+    assert entry_of(status, str(spool / "m1")) == wanted
+    if due:
+        assert logged() == [f"unable to read mail files, {reason} (it is tried again)"]
+    else:
+        assert logged() == [f"{spool / name} unable to read mail file, {reason}" for name in ("m1", "m2")]
+        os.utime(spool / "m1")
+        with failing(monkeypatch, "open", fault, "m1"):
+            handle(spooler, "m1")
+        assert len(logged()) == 3
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["alice@example.org"] and names(spool) == ["m2"]
+
+
+def test_a_fault_that_nobody_foresaw_leaves_the_mail_for_a_minute(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail())
+    with failing(monkeypatch, "open", LookupError("odd"), module=spooler.spool):
+        handle(spooler, "m1")
+    path = str(spool / "m1")
+    assert (state_in(spooler, "m1"), status.queue.mails[path].due) == (spoolgore.RESTING, NOW + 60)
+    assert logged()[0] == f"{path} unexpected error, it is tried again in a minute" and logged()[-1] == (
+        "LookupError: odd"
+    )
+
+
+@pytest.mark.parametrize("rested, is_sent", [(0, False), (30, False), (61, True)])
+def test_a_file_that_somebody_has_open(spool, status, logged, rested, is_sent):
+    spooler, path = spooler_of(spool, status), spool / "m1"
+    put(spool, "m1", mail("a@x.org"))
+    now = time.time()
+    os.utime(path, (now, now))
+    spooler.clock = lambda: now + rested
+    with path.open("a"):
+        handle(spooler, "m1")
+    if is_sent:
+        text = f"{path} is sent, though somebody has it open for writing: it was left alone for a minute"
+        assert sent_by(spooler) == ["a@x.org"] and names(spool) == [] and logged()[0] == text
+    else:
+        assert sent_by(spooler) == logged() == [] and state_in(spooler, "m1") == spoolgore.RESTING
+        assert status.queue.mails[str(path)].due == now + rested + spoolgore.QUIET_SECONDS
+
+
+def test_each_outcome_is_said_and_counted(spool, status, logged):
+    """d@x.org is asked again, in a transaction of his own."""
+    spooler, path = spooler_of(spool, status, "-fail5xx"), spool / "m1"
+    put(spool, "m1", mail("a@x.org, b@x.org, c@x.org, d@x.org, e@x.org"))
+    outcomes = {
+        "a@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED, "250 taken"),
+        "b@x.org": DEFERRED,
+        "c@x.org": spoolgore.Outcome(spoolgore.Verdict.REFUSED, "550 no"),
+        "d@x.org": spoolgore.Outcome(spoolgore.Verdict.AGAIN, "452 too many"),
+        "e@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED, ""),
+    }
+    asked = []
+
+    def send(sender, addresses, message):
+        asked.append(addresses)
+        return outcomes if len(asked) == 1 else {"d@x.org": outcomes["a@x.org"]}
+
+    spooler.relay.send, status.commit = send, lambda mail: True
+    handle(spooler, "m1")
+    assert asked == [list(outcomes), ["d@x.org"]] and spooler.tally == {"sent": 3, "deferred": 1, "given up": 1}
+    assert logged() == [
+        *(f"{path} sending mail to {address} attempt: 0" for address in outcomes),
+        f"{path} successfully sent to a@x.org: 250 taken",
+        f"{path} SMTP error, mail to b@x.org 451 4.3.0 later",
+        f"{path} SMTP error, mail to c@x.org 550 no",
+        f"{path} permanent SMTP error for c@x.org ... giving up",
+        f"{path} successfully sent to e@x.org",
+        f"{path} sending mail to d@x.org attempt: 0",
+        f"{path} successfully sent to d@x.org: 250 taken",
+    ]
+    assert status.queue.mails[str(path)].news == status.queue.epoch
+
+
+@pytest.mark.parametrize("is_forced", [True, False])
+@pytest.mark.parametrize(
+    "error, is_down, is_stopping, state",
+    [
+        (spoolgore.RelayDown("refused"), True, False, "held"),
+        (spoolgore.RelayDown("refused"), False, False, "resting"),  # it is up again by now
+        (spoolgore.RelayDown("refused"), False, True, "resting"),
+        (spoolgore.OutOfTurn(), False, False, "in line"),
+        (spoolgore.OutOfTurn(), True, False, "in line"),
+    ],
+)
+def test_a_mail_of_which_nobody_was_asked(spool, status, error, is_down, is_stopping, state, is_forced):
+    spooler, path = spooler_of(spool, status, "-rate", "10/h"), str(spool / "m1")
+    put(spool, "m1", mail("a@x.org"))
+    put_entry(status, path, envelope_to(addressee(error="451 before", attempts=3))).forced = is_forced
+
+    def fail(*_):
+        spooler.relay.down, spooler.stopping = "refused" if is_down else "", is_stopping
+        raise error
+
+    status.commit = lambda mail: True
+    if isinstance(error, spoolgore.OutOfTurn):
+        spooler.take_turn = fail
+    else:
+        spooler.relay.send = fail
+    handle(spooler, "m1")
+    waiting = status.queue.mails[path]
+    assert (waiting.state, waiting.forced) == (state, is_forced)
+    assert list(spooler.queue.ahead) == ([waiting] if state == "in line" else [])
+    known = addressee(error="451 before" if is_stopping else str(error) or "451 before", attempts=3)
+    assert waiting.envelope()["To"] == [known]
+    if state == "resting":
+        assert waiting.due == (0.0 if is_forced else NOW)
+
+
+def test_another_mail_that_took_the_name_of_one_in_flight(spool, status):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    delivered = spoolgore.Outcome(spoolgore.Verdict.DELIVERED)
+    sending(spooler, lambda: rename(spool, "m1", "m2") or put(spool, "m1", mail("b@x.org")) or delivered)
+    handle(spooler, "m1")
+    assert names(spool) == ["m1"] and state_in(spooler, "m1") == "in line" and state_in(spooler, "m2") is None
+
+
+def test_what_needs_no_word_is_left_alone_without_one(spool, status, monkeypatch, logged):
+    spooler = spooler_of(spool, status)
+    (spool / "folder").mkdir()
+    with failing(monkeypatch, "open", errno.EACCES, "folder"):  # as Windows does with a directory
+        handle(spooler, "folder")
+    assert logged() == [] and state_in(spooler, "folder") == "stuck"
+
+
+@pytest.mark.parametrize("has_entry", [True, False])
+@pytest.mark.parametrize("freq", [0, 7])
+def test_two_names_of_one_file_of_which_one_is_in_flight(spool, status, has_entry, freq):
+    spooler = spooler_of(spool, status, "-freq", str(freq))
+    put(spool, "m1", mail("a@x.org"))
+    os.link(spool / "m1", spool / "m2")
+    first = flying(spooler, "m1")
+    assert first.open()
+    if has_entry:
+        put_entry(status, str(spool / "m2"), envelope_to(addressee()))
+    handle(spooler, "m2")
+    assert sent_by(spooler) == [] and state_in(spooler, "m1") == spoolgore.FLYING
+    assert state_in(spooler, "m2") == ("resting" if has_entry else None)
+    if has_entry:
+        assert status.queue.mails[str(spool / "m2")].due == NOW + (freq or 1)
+    first.landed(None)
+
+
+def test_a_mail_that_waited_under_another_name_goes_on_where_it_was(spool, status):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    verdicts = {"a@x.org": spoolgore.Outcome(spoolgore.Verdict.DELIVERED), "b@x.org": DEFERRED}
+    genuine, spooler.relay.send = spooler.relay.send, lambda sender, addresses, message: verdicts
+    status.commit = lambda mail: True
+    handle(spooler, "m1")
+    rename(spool, "m1", "m2")
+    put(spool, "m1", mail("c@x.org"))
+    before, delivery = status.queue.mails[str(spool / "m1")], flying(spooler, "m2")
+    spooler.queue.taking, spooler.queue.mails[str(spool / "m1")].forced = delivery.mail, True
+    spooler.relay.send = genuine
+    delivery.run()
+    assert delivery.mail is before and spooler.queue.taking is before
+    delivery.landed(None)
+    assert sent_by(spooler) == ["b@x.org"] and spooler.queue.taking is None and names(spool) == ["m1"]
+
+
+def test_a_new_mail_goes_at_once_although_its_moment_was_rounded_up(spool, status):
+    spooler, moment = spooler_of(spool, status), NOW + 7e-7
+    spooler.clock = lambda: moment
+    assert spoolgore.parse_time(spoolgore.format_time(moment)) > moment
+    put(spool, "m1", mail("a@x.org"))
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"]
+
+
+def test_a_mail_that_could_not_be_read_and_was_mended_is_no_other_mail(spool, status, logged):
+    spooler, path = spooler_of(spool, status), str(spool / "m1")
+    put(spool, "m1", mail("a@x.org"))
+    put_entry(status, path, envelope_to(Error="has no recipients", Stat="changed"))
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"] and not any("was changed" in line for line in logged())
+
+
+def test_a_file_that_names_others_than_its_entry_is_said_until_it_goes(spool, status, logged):
+    spooler, path = spooler_of(spool, status), str(spool / "m1")
+    put(spool, "m1", mail("a@x.org, b@x.org, c@x.org"))
+    put_entry(status, path, envelope_to(addressee("b@x.org")))
+    sending(spooler, DEFERRED, DEFERRED)
+    for _ in range(2):
+        status.queue.mails[path].forced = True
+        handle(spooler, "m1")
+    text = f"{path} keeps the recipients of the first mail of its name, and not a@x.org, c@x.org"
+    assert logged().count(text) == 1 and len(spooler.said) == 1
+    (spool / "m1").unlink()
+    spooler.scan()
+    assert spooler.said == {} and status.queue.mails == {}
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("no stack")])
@@ -11020,6 +11845,41 @@ def test_an_address_that_cannot_be_had_for_the_page(spool, run, tmp_path):
     assert (tmp_path / "file").read_text() == "precious"
     daemon = run("-http", "192.0.2.1:8025")
     assert (daemon.status_code, daemon.lines) == (1, ["Cannot assign requested address: -http 192.0.2.1:8025"])
+
+
+def test_only_whoever_listens_for_all_is_warned(logged):
+    for host in ("127.0.0.1", "0.0.0.0"):
+        spoolgore.listen_on(spoolgore.Address(host, 0)).close()
+    assert logged() == ["-http 0.0.0.0:0: whoever can reach this address sees who gets mail"]
+
+
+def test_a_visitor_that_has_gone_is_no_news():
+    class Handler:
+        def handle_error(self, *error):
+            said.append(error)
+
+    visit, said = spoolgore.visit_class(types.SimpleNamespace(WSGIHandler=Handler))(), []
+    for error in (ConnectionResetError(), TimeoutError(), ValueError()):
+        visit.close_connection = False
+        visit.handle_error(type(error), error, None)
+        assert visit.close_connection
+    assert [kind for kind, _, _ in said] == [ValueError]
+
+
+def test_the_page_notes_the_tally_each_minute(spool, status, monkeypatch):
+    page, pauses = spooler_of(spool, status).page, []
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        page.spooler.tally["sent"] += 5
+        if len(pauses) == 3:
+            raise gevent.GreenletExit
+
+    monkeypatch.setattr(spoolgore.gevent, "sleep", sleep)
+    with pytest.raises(gevent.GreenletExit):
+        page.mark_minutes()
+    assert [tuple(mark) for mark in page.marks][-3:] == [(0, 0, 0), (5, 0, 0), (10, 0, 0)]
+    assert [round(pause / 60) for pause in pauses] == [1, 2, 3]  # of a clock that stood still
 
 
 def test_whoever_listens_for_all_is_warned(spool, scripted, start):
