@@ -178,12 +178,17 @@ except ImportError:  # everywhere else
 # message       what is in the file: header fields and body (RFC 5322)
 # envelope      one mail's entry in the status: its recipients and their state
 # recipient     one address of the envelope; it is waiting, in flight,
-#               delivered or given up
+#               delivered or given up; a mail is in line, flies, rests: see Queue
+# held          by its user, who put a dot before the file's name
+# away          not in the spool; if somebody has the mail already it is
+#               recognised when it comes back
 # relay         the SMTP server that takes the mails (smarthost)
 # transaction   MAIL, RCPT, DATA or BDAT: one mail, up to 100 recipients
 # outcome       what a transaction did for one recipient: delivered, deferred
 #               (4xx), refused (5xx), or again (not asked yet)
 # settled       every recipient is delivered or given up
+# turn          under -rate, the moment when a mail's next recipients may go
+# news          what the status file does not know of a mail yet
 
 VERSION = "1.1.0"
 RECIPIENTS_PER_TRANSACTION = 100  # RFC 5321 4.5.3.1.8: every relay takes these
@@ -403,6 +408,13 @@ def parse_listener(text):
     return text
 
 
+def is_host(text):
+    """Whether a name can be one of the DNS, or none was given."""
+    with contextlib.suppress(UnicodeError):
+        return text.encode("idna") is not None
+    return False
+
+
 def parse_address(flag, text, default_port):
     """An Address from ``host:port``, ``host``, ``:port`` or ``[IPv6]:port``."""
     if text == "-" and flag == "smtpaddr":
@@ -413,10 +425,8 @@ def parse_address(flag, text, default_port):
     port = int(match[3] or default_port)
     if not 0 < port < 65536:
         raise bad_value(flag, text, "the port is not between 1 and 65535")
-    try:
-        (match[2] or "").encode("idna")
-    except UnicodeError:
-        raise bad_value(flag, text, "not a host name") from None
+    if not is_host(match[2] or ""):
+        raise bad_value(flag, text, "not a host name")
     return Address(match[1] or match[2] or "localhost", port)
 
 
@@ -486,7 +496,7 @@ def check_words(found):
     check_user(found, "smtppassword", "smtpuser")
     check_user(found, "smtpmd5password", "smtpmd5user")
     for name in ("helo", "tlsname"):
-        if not re.fullmatch(r"[!-~]*", found[name]):
+        if not re.fullmatch(r"[!-~]*", found[name]) or not is_host(found[name] if name == "tlsname" else ""):
             raise bad_value(name, found[name], "not a host name")
     if found["tlsname"] and found["tls"] == "off":
         raise bad_value("tlsname", found["tlsname"], "there is no TLS with -tls off")
@@ -950,6 +960,8 @@ class Message:
         for chunk in itertools.chain([without_bcc(header[self.top :]), body], chunks):
             last = chunk or last
             yield chunk.replace(b"\n", b"\r\n")
+        if self.file.tell() < self.size + self.top - len(self.added):
+            raise Unfinished("the file shrank while it was read")
         self.checksum = self.checksum_so_far
         if not last.endswith(b"\n"):
             yield b"\r\n"
@@ -1073,6 +1085,7 @@ FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 ADDRESS = operator.itemgetter("Address")
 CHANGED = "changed"  # an entry's Stat that may be another mail's
+LONGEST_DELAY = 1800  # seconds
 MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
 
@@ -1102,7 +1115,7 @@ def parse_time(text):
 
 def retry_delay(attempts):
     """Seconds until the next attempt: a minute for each one that failed, 30 minutes at most."""
-    return 60 * min(attempts, 30)
+    return min(60 * attempts, LONGEST_DELAY)
 
 
 def new_envelope(message, now):
@@ -1216,6 +1229,12 @@ def file_mark(identity):
     return " ".join(map(str, identity[1:]))
 
 
+def identity_in(envelope, device):
+    """What file_mark() made text of; None if the entry has none."""
+    numbers = re.fullmatch(r"(\d{1,20}) (\d{1,20}) (-?\d{1,20})", str(envelope.get("Stat")))
+    return numbers and (device, *map(int, numbers.groups()))
+
+
 def set_file(envelope, identity, message_id=None):
     """The entry remembers its file, and which message that is: either may be touched, moved away, edited."""
     if message_id is not None:
@@ -1303,28 +1322,28 @@ def merge(edited, live, has_news):
 #
 # 1. A mail is in one state, and become() alone changes it, by MOVES_OF_MAILS; any other move raises ValueError.
 # 2. mails is the status: the one mail of each path. A mail that LEFT is not in it.
-# 3. At rest a mail is its path, as in the status file; in flight it is its inode, which the open file pins. known has
-#    the mails in flight, and those that somebody has already, here or away.
+# 3. At rest a mail is its path, as in the status file; while its file is open it is its inode, which the open file
+#    pins. known has the mails that are open, and those that somebody has already, here or away.
 # 4. A mail in flight is never dropped from outside. Its delivery, however it ends, takes it to another state.
 # 5. A reason why a file cannot be sent is added to what is known of its mail; it never replaces an entry.
 # 6. Under -rate one mail at most lies between take() and began(); whatever ends it gives its turn back.
 # 7. Who is IN_LINE stands in one of the lines; a line may also have mails that are not in line any more.
 
-IN_LINE, FLYING, RESTING, HELD, STUCK, ASIDE, LEFT = STATES = (
+IN_LINE, FLYING, RESTING, GROUNDED, STUCK, ASIDE, LEFT = STATES = (
     "in line",  # may go now
     "flying",  # its delivery has it
     "resting",  # until it is due
-    "held",  # until the relay is up
+    "grounded",  # until the relay is up
     "stuck",  # until its file changes
     "aside",  # given up: its file is in .failed; or it is held by its user: there is a dot before its name
     "left",  # not here: whoever still holds it lets it go
 )
 MOVES_OF_MAILS = {
     *((LEFT, new) for new in (IN_LINE, RESTING, ASIDE, FLYING)),  # seen; read from the status file; here again
-    *((FLYING, new) for new in (IN_LINE, RESTING, HELD, STUCK, ASIDE, LEFT)),
-    *((waits, new) for waits in (RESTING, HELD, STUCK) for new in (IN_LINE, RESTING, FLYING, LEFT)),
+    *((FLYING, new) for new in (IN_LINE, RESTING, GROUNDED, STUCK, ASIDE, LEFT)),
+    *((waits, new) for waits in (RESTING, GROUNDED, STUCK) for new in (IN_LINE, RESTING, FLYING, LEFT)),
     *((IN_LINE, new) for new in (FLYING, LEFT)),
-    *((waits, ASIDE) for waits in (IN_LINE, RESTING, HELD, STUCK)),  # put aside just before a crash; held
+    *((waits, ASIDE) for waits in (IN_LINE, RESTING, GROUNDED, STUCK)),  # put aside just before a crash; held
     *((ASIDE, new) for new in (RESTING, FLYING, LEFT)),
 }
 AWAY_LIMIT = 1000  # how many partly delivered mails are recognised when they come back
@@ -1333,19 +1352,22 @@ AWAY_LIMIT = 1000  # how many partly delivered mails are recognised when they co
 class Mail:
     """One file of the spool, from when its name is seen until it is settled. See Queue."""
 
-    __slots__ = ("path", "state", "due", "entry", "identity", "seen", "print", "whole", "forced", "need", "news")
+    __slots__ = (
+        *("path", "state", "due", "entry", "identity", "is_open", "seen", "print", "whole", "forced", "need", "news"),
+    )
 
     def __init__(self, path, entry=None):
         self.path, self.state = path, LEFT
         self.due = 0.0  # until when it rests
         self.entry = entry  # the envelope: a dict in flight, packed at rest; None until it was read
         self.identity = None  # of its file, in flight and where it may be needed later
+        self.is_open = False  # its delivery has the file open, so that no other file can have its inode
         self.seen = None  # signature of the file of a STUCK mail
         self.print = 0  # hash of its file's latest identity; 0 if it was not opened since the start
         self.whole = False  # its file was seen to be closed, or to be moved here
         self.forced = False  # new, or flushed: everybody who waits is due
         self.need = 1  # recipients of its next transaction, as far as that is known
-        self.news = 0  # number of the write of the status file that makes its latest settlement known
+        self.news = 0  # number of the write of the status file that has its latest delivery or giving up; 0 if none
 
     def envelope(self):
         """To read only, unless the mail is in flight."""
@@ -1395,7 +1417,7 @@ class Queue:
         self.drop(mail)
         if identity:
             mail.identity, mail.entry = identity, pack(mail.path, mail.envelope())
-            self.known[identity[:2]] = mail
+            self.known.setdefault(identity[:2], mail)
             self.away.append(mail)
             if len(self.away) > AWAY_LIMIT and (latest := self.away.popleft()).state == LEFT:
                 self.forget(latest)
@@ -1420,7 +1442,7 @@ class Queue:
         A freed inode goes to the next file at once, so at rest only all of the identity tells.
         """
         other = self.known.get(identity[:2], mail)
-        if other is not mail and (other.state == FLYING or other.identity == identity):
+        if other is not mail and (other.is_open or other.identity == identity):
             return other
         if mail.identity:
             self.forget(mail)
@@ -1462,15 +1484,15 @@ class Queue:
             if mail.state == RESTING and mail.due == due:
                 self.line_up(mail, self.old)
 
-    def release_held(self):
+    def release_grounded(self):
         """The relay is up."""
-        for mail in self.those(HELD):
+        for mail in self.those(GROUNDED):
             self.line_up(mail, self.old)
 
     def look_again(self, due_of):
         """At everything that waits; at its time, which is due_of(mail)."""
         self.times = []
-        for mail in self.those(RESTING, HELD, STUCK):
+        for mail in self.those(RESTING, GROUNDED, STUCK):
             self.rest(mail, due_of(mail))
 
     def open_unread(self):
@@ -1590,6 +1612,13 @@ def text_in(text):
     return json.loads(f'"{text}"') if "\\" in text else text
 
 
+def file_that_somebody_has(packed, device):
+    """The identity of the file of a partly delivered mail, by its packed entry; None if that does not say."""
+    if b'"Status": 2' not in packed or envelope_problem(envelope := unpack(packed)):
+        return None
+    return identity_in(envelope, device) if is_partly_delivered(envelope) else None
+
+
 def repacked(path, entry):
     """A mail's entry for another path."""
     return pack(path, unpack(entry)) if isinstance(entry, bytes) else entry
@@ -1677,9 +1706,12 @@ class Status:
 
     def load(self):
         """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
+        home = look(os.path.realpath(self.spool.directory))
         for path, packed in self._read("the daemon was killed in mid-transaction: the mail may have arrived"):
             if path not in self.queue.mails:
-                self.queue.become(self.queue.add(path, packed), self._at_rest(path))
+                self.queue.become(mail := self.queue.add(path, packed), self._at_rest(path))
+                if home and mail.state == RESTING and (known := file_that_somebody_has(packed, home.st_dev)):
+                    self.queue.identify(mail, known)
 
     def reload(self):
         """Read the file again: it is the truth, but for what happened since it was written.
@@ -2003,6 +2035,11 @@ def describe(error):
     return str(error) or type(error).__name__
 
 
+def reason_of(error):
+    """Why an OSError came, without the path, unless that is another's fault."""
+    return describe(error) if isinstance(error, Untrusted) else error.strerror
+
+
 # ------------------------------------------------------------------- spool
 #
 # The directory: list it, open a mail, remove it or put it aside, watch it. What holds:
@@ -2181,13 +2218,21 @@ def facts_in(lock):
     return word, dict(line.partition(": ")[::2] for line in lines)
 
 
+def absolute(path):
+    """os.path.abspath(). Raises OSError that says whose fault it is."""
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError as error:
+        raise OSError(error.errno, "the current directory was removed", path) from None
+
+
 class Spool:
     """See the head of this section."""
 
     def __init__(self, directory, status_path=""):
-        self.directory = os.path.abspath(directory)
+        self.directory = absolute(directory)
         self.failed = os.path.join(self.directory, ".failed")
-        self.status_path = self._here(os.path.abspath(status_path or os.path.join(self.directory, ".spoolgore.js")))
+        self.status_path = self._here(absolute(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self.owners = None  # whose state files are to be trusted, as in distrust()
         self._lock = self._home = self._lock_id = None
         self.last_facts = {}
@@ -2255,7 +2300,14 @@ class Spool:
 
     def held(self):
         """The paths without the dot that their users put before the names. Raises OSError."""
-        return {self.path(name[1:]) for name in os.listdir(self.directory) if name[0] == "."}
+        paths = {self.path(name[1:]) for name in os.listdir(self.directory) if name[0] == "."}
+        return {path for path in paths if self.is_held(path)}
+
+    def is_held(self, path):
+        """Whether a file has the name of that mail with a dot before it, and is none of ours. Raises OSError."""
+        aside = hidden(path, "")
+        is_ours = os.path.basename(aside).startswith(".spoolgore.") or aside == self.status_path
+        return not is_ours and bool(status := look(aside)) and stat.S_ISREG(status.st_mode)
 
     # -- the lock
 
@@ -3308,13 +3360,18 @@ def tls_context(options):
         context = ssl.create_default_context(cafile=options.tlsca or None)
         flag, path = "tlscert", options.tlscert
         if options.tlscert:
-            context.load_cert_chain(options.tlscert)
+            context.load_cert_chain(options.tlscert, password=no_passphrase)
     except OSError as error:
         raise bad_value(flag, path, error.strerror or str(error)) from None
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.hostname_checks_common_name = not ssl.HAS_NEVER_CHECK_COMMON_NAME  # RFC 6125 6.4.4: it is no host's name
     context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)
     return context
+
+
+def no_passphrase():
+    """OpenSSL would ask for it on the terminal."""
+    raise OSError(errno.EACCES, "its key is encrypted: there is nobody who could enter the passphrase")
 
 
 def auth_response(mechanism, user, password, challenge, step):
@@ -3613,7 +3670,7 @@ def check(options, environ, say):
                     ask_for_leave(connection, options.checkto, witness)
             finally:
                 connection.quit_politely()
-        except (OSError, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             witness(f"FAILED: {security.secrets.redact(describe(error))}")
             status = EX_ERROR
     return status
@@ -4095,7 +4152,7 @@ def daemon_line(summary, now):
     return f"daemon: {summary['daemon']}, pid {summary['pid'] or 'not known here'}{version}{since}{hint}"
 
 
-def held_by(summary):
+def waits_for(summary):
     """What a mail that is due waits for."""
     relays = summary["relays"]
     if relays and all(relay["state"] != "up" for relay in relays):
@@ -4103,11 +4160,12 @@ def held_by(summary):
     return "rate" if summary["next_turn"] else "now"
 
 
-def table(lines, now, held="now"):
+def table(lines, now, waits_for="now"):
     """Rows of text; the first is the heading."""
     yield TITLES
     for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
-        wait = "-" if due == math.inf else ago(int(due - now)) if due > now else "now" if kind == "in flight" else held
+        is_now = "now" if kind == "in flight" else waits_for
+        wait = "-" if due == math.inf else ago(int(due - now)) if due > now else is_now
         name = path.rpartition(os.sep)[2]
         sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known; a bounce's is <>
         yield (name, kind, ago(int(now - since)), sender, recipient, str(attempts), wait, error)
@@ -4126,7 +4184,7 @@ def text_report(lines, summary, now, width=0, height=sys.maxsize):
     text = [one_line(line)[: width or None] for line in headlines(summary, now)]
     if lines:
         shown = lines[: max(1, height - len(text) - 4)]  # less an empty line, heading, "more", prompt
-        text += ["", *aligned(table(shown, now, held_by(summary)), width)]
+        text += ["", *aligned(table(shown, now, waits_for(summary)), width)]
         text += [f"... and {len(lines) - len(shown)} more"] if len(shown) < len(lines) else []
     return text
 
@@ -4185,7 +4243,7 @@ def report_on(spool, names, lines, stream, now, in_json):
     status = EX_OK
     for name in map(os.path.basename, names):
         if name not in found:
-            status = complain(f"{name} {absence(spool.path(name))}")
+            status = complain(f"{name or shown(name)} {absence(spool.path(name))}")
         for line in found.get(name, ()):
             text = [json_line(line)] if in_json else map(one_line, all_about(line, now))
             stream.write("\n".join(text) + "\n")
@@ -4511,7 +4569,7 @@ class Page:
     def page(self):
         spooler, now, (summary, lines) = self.spooler, self.spooler.clock(), self.summary()
         where, troubles = shown_text(spooler.spool.directory), summary["attention"]
-        rows = [html_row(row) for row in in_turns(table(lines, now, held_by(summary)))]
+        rows = [html_row(row) for row in in_turns(table(lines, now, waits_for(summary)))]
         rows[0] = f"<table><thead><tr><th>{'<th>'.join(TITLES)}</thead>"
         sections = {
             "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
@@ -4748,6 +4806,7 @@ class Delivery:
         if self.has_landed:
             return
         mail, queue, self.has_landed = self.mail, self.spooler.queue, True
+        mail.is_open = False
         if self.file:
             self.file.close()
         if mail.state == FLYING:
@@ -4791,7 +4850,7 @@ class Delivery:
         self.size, self.names, known = status.st_size, status.st_nlink, identity(status)
         if not self.is_its_own(known):
             return False
-        self.mail.print = hash(known)
+        self.mail.print, self.mail.is_open = hash(known), True
         return True
 
     def is_its_own(self, known):
@@ -4815,7 +4874,7 @@ class Delivery:
     def stick(self, reason):
         """Leave the file alone until it changes. The reason is said once of each change."""
         mail, before = self.mail, self.mail.seen
-        mail.seen = signature(look(mail.path))
+        mail.seen = signature(os.fstat(self.file.fileno()) if self.file else look(mail.path))  # of what was read
         self.spooler.queue.become(mail, STUCK)
         if reason and mail.seen != before:
             log(f"{self.path} {reason}")
@@ -4893,10 +4952,9 @@ class Delivery:
         else:
             self.settle()
 
-    def transact_all(self, due):
+    def transact_all(self, asked):
         """Transactions until nobody is due; addresses that are no good are given up. Raises RelayDown, OutOfTurn."""
-        spooler, most = self.spooler, self.spooler.most
-        asked, due = due, []
+        spooler, most, due = self.spooler, self.spooler.most, []
         for recipient in asked:
             if problem := address_problem(recipient["Address"]):
                 move(recipient, IN_FLIGHT, recipient["Error"])
@@ -5007,13 +5065,13 @@ class Delivery:
         elif isinstance(stopped_by, OutOfTurn):
             queue.line_up(mail, queue.ahead)
         elif stopped_by and spooler.relay.down:
-            queue.become(mail, HELD)
+            queue.become(mail, GROUNDED)
         else:
             queue.rest(mail, 0.0 if mail.forced else next_attempt(mail.entry))
         return True
 
     def is_done(self, finish, links):
-        """False when its file is not there; else it goes now, or later: its entry remembers that it is settled."""
+        """Finish a settled mail's file. False if that is not at its path; True if it is done, or tried in a minute."""
         mail, spooler = self.mail, self.spooler
         try:
             paths = [mail.path] if links == 1 else spooler.spool.names(mail.identity)
@@ -5024,8 +5082,8 @@ class Delivery:
         except OSError as error:
             if not spooler.spool.links(mail.path, mail.identity):  # it was renamed or removed a moment ago
                 return False
-            reason = describe(error) if isinstance(error, Untrusted) else error.strerror
-            text = f"{self.path} is settled, unable to remove it, {reason} (it is tried again)"
+            what = "is settled, unable to remove it" if finish == self.remove else "was given up, unable to move it"
+            text = f"{self.path} {what}, {reason_of(error)} (it is tried again)"
             spooler.say(f"remove {mail.path}", text)
             self.rest()
         return True
@@ -5038,7 +5096,8 @@ class Delivery:
         self.spooler.sent += 1
 
     def find(self):
-        """The file is not what was opened: True if it is, but under a new name, or with another time."""
+        """The path leads to another file, or to none. True if ours has another name or time, which the queue knows
+        now; False if the mail has left, or is held."""
         mail, queue = self.mail, self.spooler.queue
         if path := self.spooler.spool.name_of(self.file, mail.identity):
             queue.rename(mail, path)
@@ -5143,7 +5202,7 @@ class Lookout:
                 self.release(mail)
         if is_over(self.spooler.keepers.get("watch")):
             for path in present & queue.mails.keys():
-                self.retry_if_touched(path, unless=0)
+                self.retry_if_touched(path, first_look_counts=False)
         for path in sorted(present - queue.mails.keys(), key=age_key):
             queue.line_up(queue.add(path), queue.fresh)
         for mail in queue.those(STUCK):
@@ -5151,20 +5210,30 @@ class Lookout:
                 queue.line_up(mail, queue.fresh)
         absent = queue.mails.keys() - present
         if queue.counts[ASIDE]:
-            absent.difference_update(self.spool.list_failed())
+            absent.difference_update(self.failed_now())
         for mail in [queue.mails[path] for path in absent]:
             if mail.state not in (FLYING, LEFT):
                 with contextlib.suppress(OSError):  # nothing is known: it stays
                     self.gone(mail)
 
-    def retry_if_touched(self, path, unless=None):
-        """If a mail's file is not as it was, its user wants it to be tried now. unless: what it was, to leave it."""
+    def failed_now(self):
+        """The paths of what lies in .failed; as far as we know, if it cannot be listed."""
+        try:
+            paths = self.spool.list_failed()
+            self.spooler.said.pop("failed", None)
+            return paths
+        except OSError as error:
+            self.spooler.say("failed", f"unable to look into {self.spool.failed}, {reason_of(error)}")
+            return [mail.path for mail in self.queue.those(ASIDE) if is_aside(mail.path)]
+
+    def retry_if_touched(self, path, first_look_counts=True):
+        """If a mail's file is not as it was, its user wants it to be tried now."""
         mail = self.queue.mails.get(path)
-        if not mail or mail.entry is None or mail.state not in (RESTING, HELD):
+        if not mail or mail.entry is None or mail.state not in (RESTING, GROUNDED):
             return
         with contextlib.suppress(OSError):
             before, mail.print = mail.print, hash(identity(os.lstat(path)))
-            if before not in (mail.print, unless):
+            if before != mail.print and (before or first_look_counts):
                 mail.forced = True
                 self.queue.line_up(mail, self.queue.fresh)
                 self.spooler.relay.poke()
@@ -5237,7 +5306,7 @@ class Lookout:
         judged(). Raises OSError."""
         parent, name = os.path.split(mail.path)
         path = self.spool.path(name)
-        if mail.entry is None or len(name.encode("utf-8", "replace")) >= NAME_LIMIT or not look(hidden(path, "")):
+        if mail.entry is None or len(name.encode("utf-8", "replace")) >= NAME_LIMIT or not self.spool.is_held(path):
             return False
         if parent == self.spool.failed:  # moved from there, to be mended
             if path in self.queue.mails or envelope_problem(envelope := mail.envelope()):
@@ -5245,6 +5314,8 @@ class Lookout:
             requeue(envelope, self.spooler.clock())
             mail.entry = pack(mail.path, envelope)
             self.queue.rename(mail, path)
+        elif mail.state == ASIDE:
+            return True
         if mail.state != ASIDE:
             self.queue.become(mail, ASIDE)
         self.spooler.status.wanted.set()
@@ -5261,15 +5332,9 @@ class Lookout:
                     self.queue.rest(mail, 0.0)
                     mail.forced = True
                 else:
-                    self.queue.rest(mail, due_at(mail))
+                    self.queue.rest(mail, self.spooler.due_at(mail))
                 self.spooler.status.wanted.set()
                 self.spooler.wake.set()
-
-
-def due_at(mail):
-    """When a mail that waits is due by its entry."""
-    envelope = mail.envelope()
-    return 0.0 if envelope_problem(envelope) else next_attempt(envelope)
 
 
 def age_key(path):
@@ -5301,7 +5366,7 @@ class Spooler:
         self.manager = ServiceManager({})
         self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
-        self.most = min(RECIPIENTS_PER_TRANSACTION, turnstile.rate.most)
+        self.most = min(RECIPIENTS_PER_TRANSACTION, turnstile.rate.most)  # recipients of one transaction
         self.wake = gevent.event.Event()
         status.on_news = self.wake.set
         self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
@@ -5321,7 +5386,7 @@ class Spooler:
 
     def run(self):
         """Send until told to stop; with -once, until nothing is due. Returns the exit status."""
-        self.queue.look_again(due_at)
+        self.queue.look_again(self.due_at)
         self.keep("watch", self.lookout.watch)
         gevent.sleep(0)  # it begins before the first look
         self.round()
@@ -5416,10 +5481,19 @@ class Spooler:
         if self.turnstile.room() < size:
             mail.need = size
             raise OutOfTurn
+        mail.need = 1
         self.turnstile.begin(size)
         self.queue.began(mail)
         self.wake.set()
         return size
+
+    def due_at(self, mail):
+        """When a mail that waits is due by its entry; now, for all, if the clock was ahead when that was written."""
+        envelope, now = mail.envelope(), self.clock()
+        due = 0.0 if envelope_problem(envelope) else next_attempt(envelope)
+        if due > now + LONGEST_DELAY and enqueued(envelope) > now + CLOCK_STEP_SECONDS:
+            due, mail.forced = 0.0, True
+        return due
 
     def idle_seconds(self):
         """How long nothing needs doing; None: until something happens."""
@@ -5477,9 +5551,8 @@ class Spooler:
     def condition(self):
         """One line for the service manager."""
         counts, trouble = self.queue.counts, f", relay unavailable: {self.relay.down}" if self.relay.down else ""
-        return (
-            f"{counts[IN_LINE]} waiting, {counts[FLYING]} in flight, {counts[RESTING] + counts[HELD]} deferred{trouble}"
-        )
+        deferred = counts[RESTING] + counts[GROUNDED]
+        return f"{counts[IN_LINE]} waiting, {counts[FLYING]} in flight, {deferred} deferred{trouble}"
 
     def stop(self):
         """What is in flight, and -failcommand, may finish; then the status is saved."""
@@ -5508,7 +5581,7 @@ class Spooler:
             return True
 
     def queued(self):
-        return sum(self.queue.counts[state] for state in (IN_LINE, FLYING, RESTING, HELD))
+        return sum(self.queue.counts[state] for state in (IN_LINE, FLYING, RESTING, GROUNDED))
 
     # -- signals: the handlers set a flag, the loop acts
 
@@ -5536,7 +5609,7 @@ class Spooler:
 
     def reload(self):
         if self.take_edit():
-            self.queue.look_again(due_at)
+            self.queue.look_again(self.due_at)
             self.resume()
         else:  # or the next write would take the edit away
             self.suspend(save=False)
@@ -5564,7 +5637,7 @@ class Spooler:
     def relay_has_news(self):
         """What waited for the relay goes at once if it is up."""
         if not self.relay.down:
-            self.queue.release_held()
+            self.queue.release_grounded()
         self.wake.set()
 
     def scan(self):
@@ -5601,14 +5674,14 @@ class Spooler:
             self.queue.drop(mail)
         self.queue.dropped.clear()
         self.take_edit(is_last=True)
-        self.queue.look_again(due_at)
+        self.queue.look_again(self.due_at)
         log(f"spool directory {self.spool.directory} was made again")
 
     def give_way(self, error):
         """Somebody removed the lock, and another daemon has the spool: two would send each mail twice."""
         log(f"{error}: nothing more is sent from here")
         self.stopping, self.exit_status = True, EX_ERROR
-        self.status.thawed.clear()  # the status file is the other's
+        self.status.freeze(save=False)  # the file is the other's
 
     def say(self, subject, text):
         """A complaint, once."""
@@ -5753,7 +5826,7 @@ def main(argv):
     try:
         options = parse_options(argv)
         if options.json:
-            check_status_path(os.path.abspath(options.json))
+            check_status_path(absolute(options.json))
         if options.flush:
             return ask_to_flush(options, sys.stdout)
         if options.check:
@@ -5773,4 +5846,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # until the daemon has its own: no traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(main(sys.argv[1:]))

@@ -925,6 +925,14 @@ def test_a_password_needs_its_user_and_is_not_shown(flag, other, user):
     assert getattr(options_of(f"-{flag}=s3cret", f"-{user}=me", "spool"), flag) == "s3cret"
 
 
+@pytest.mark.parametrize("name", [".", ".example.org", "a..example.org", "x" * 64 + ".org"])
+@pytest.mark.parametrize("flag", ["tlsname", "smtpaddr"])
+def test_a_name_that_no_host_can_have(flag, name):
+    with pytest.raises(spoolgore.UsageError) as problem:
+        spoolgore.parse_options([f"-{flag}", name, "spool"])
+    assert str(problem.value) == f'invalid value "{name}" for flag -{flag}: not a host name'
+
+
 def test_a_name_for_a_certificate_needs_tls():
     assert options_of("-tlsname", "mx", "spool").tlsname == "mx"
     with pytest.raises(
@@ -1004,8 +1012,11 @@ def test_importing_the_module_patches_nothing():
 
 
 def read_message(data, size=None):
+    """A Message; of a size that its file has not, to have a small one streamed."""
     data = data if isinstance(data, bytes) else data.encode()
-    return spoolgore.Message(io.BytesIO(data), len(data) if size is None else size)
+    message = spoolgore.Message(io.BytesIO(data), size or len(data))
+    message.size -= max(0, (size or 0) - len(data))
+    return message
 
 
 def content_of(data, size=None):
@@ -1676,13 +1687,16 @@ def test_a_small_file_that_changes_while_it_is_read_is_not_read_for_ever(tmp_pat
         spoolgore.Message(file, path.stat().st_size)
 
 
-def test_a_large_file_that_grows_while_it_is_sent_is_not_sent(tmp_path, scripted):
+@pytest.mark.parametrize("more, change", [(b"x", "grew"), (b"", "shrank")])
+def test_a_large_file_that_changes_while_it_is_sent_is_not_sent(tmp_path, scripted, more, change):
     relay, path = scripted(), tmp_path / "m1"
     path.write_bytes(b"To: a@x.org\n\n" + b"y\n" * STREAMED)
     with Restless(path) as file, contextlib.closing(connection_to(relay)) as connection:
+        file.more = b"x"
         message = spoolgore.Message(file, path.stat().st_size)
+        file.more = more
         outcome = connection.transact("app@x.org", ["a@x.org"], message)["a@x.org"]
-    assert outcome == (spoolgore.Verdict.DEFERRED, "the file grew while it was read")
+    assert outcome == (spoolgore.Verdict.DEFERRED, f"the file {change} while it was read")
     assert connection.broken and relay.connections.items[0].ended.wait(PATIENCE) and not relay.mails.items
 
 
@@ -2791,9 +2805,9 @@ def test_an_entry_knows_its_file_until_that_is_another_one():
 DIAGRAM_OF_MAILS = {  # state -> those that may follow it
     "left": {"in line", "resting", "aside", "flying"},
     "in line": {"flying", "aside", "left"},
-    "flying": {"in line", "resting", "held", "stuck", "aside", "left"},
+    "flying": {"in line", "resting", "grounded", "stuck", "aside", "left"},
     "aside": {"resting", "flying", "left"},
-    **dict.fromkeys(("resting", "held", "stuck"), {"in line", "resting", "flying", "aside", "left"}),
+    **dict.fromkeys(("resting", "grounded", "stuck"), {"in line", "resting", "flying", "aside", "left"}),
 }
 
 
@@ -2819,7 +2833,7 @@ def queue_of(**states):
     queue = spoolgore.Queue()
     for number, (name, state) in enumerate(states.items(), 1):
         mail = queue.add(name)
-        if state in ("held", "stuck"):
+        if state in ("grounded", "stuck"):
             queue.become(mail, "flying")
         if state == "in line":
             queue.line_up(mail, queue.fresh)
@@ -2840,6 +2854,7 @@ def test_what_a_new_mail_is():
         "due": 0.0,
         "whole": False,
         "forced": False,
+        "is_open": False,
         "need": 1,
         "news": 0,
         "print": 0,
@@ -2856,7 +2871,7 @@ def taken(queue, count=99, room=math.inf):
 
 
 def test_whoever_rests_is_in_line_again_when_his_time_has_come():
-    queue = queue_of(m1="resting", m2="resting", m3="resting", m4="held")
+    queue = queue_of(m1="resting", m2="resting", m3="resting", m4="grounded")
     assert queue.next_due() == NOW + 1
     queue.release(NOW + 1)
     assert taken(queue) == "" and queue.next_due() == NOW + 1
@@ -2865,7 +2880,7 @@ def test_whoever_rests_is_in_line_again_when_his_time_has_come():
     assert taken(queue) == "m1" and queue.next_due() == NOW + 3  # m2 is due later by now
     queue.release(NOW + 9)
     assert taken(queue) == "m3 m2" and queue.next_due() == math.inf
-    queue.release_held()
+    queue.release_grounded()
     assert taken(queue) == "m4"
 
 
@@ -2901,7 +2916,7 @@ def test_times_that_are_outdated_take_no_room():
 def test_who_rested_before_the_relay_was_down_is_held_until_it_is_up():
     queue = queue_of(m1="resting")
     queue.become(queue.mails["m1"], "flying")
-    queue.become(queue.mails["m1"], "held")
+    queue.become(queue.mails["m1"], "grounded")
     queue.release(NOW + 9)
     assert taken(queue) == ""
 
@@ -2931,7 +2946,7 @@ def test_who_is_in_line_and_leaves_it_is_passed_over():
 
 
 def test_a_flush_makes_everybody_due_who_waits_here():
-    queue = queue_of(m1="resting", m2="held", m3="stuck", m4="aside", m5="flying", m6="in line")
+    queue = queue_of(m1="resting", m2="grounded", m3="stuck", m4="aside", m5="flying", m6="in line")
     queue.flush()
     queue.release(NOW)
     assert taken(queue) == "m6 m1 m2 m3"
@@ -2947,8 +2962,8 @@ def test_whoever_waits_for_his_writer_is_looked_at_again():
 
 
 def test_the_mails_in_some_states():
-    queue = queue_of(m1="resting", m2="held", m3="stuck", m4="held")
-    assert [mail.path for mail in queue.those("held", "stuck")] == ["m2", "m3", "m4"]
+    queue = queue_of(m1="resting", m2="grounded", m3="stuck", m4="grounded")
+    assert [mail.path for mail in queue.those("grounded", "stuck")] == ["m2", "m3", "m4"]
     assert queue.those("aside", "flying") == []
 
 
@@ -2981,9 +2996,10 @@ def test_a_name_that_was_freed_may_be_taken_by_now():
 def test_a_file_that_is_seen_under_another_name():
     queue = queue_of(m1="flying", m2="flying")
     m1, m2 = queue.mails.values()
-    assert queue.identify(m2, (1, 1, 9, 9)) is m1  # in flight its inode is pinned
-    queue.rest(m1, NOW)
-    assert queue.identify(m2, (1, 1, 3, 4)) is m1  # at rest all must be the same
+    m1.is_open = True
+    assert queue.identify(m2, (1, 1, 9, 9)) is m1  # while its file is open its inode is pinned
+    m1.is_open = False
+    assert queue.identify(m2, (1, 1, 3, 4)) is m1  # else all must be the same
     assert queue.identify(m2, (1, 1, 3, 5)) is m2 and queue.known == {(1, 1): m2} and m2.identity == (1, 1, 3, 5)
     queue.forget(m1)
     assert queue.known == {(1, 1): m2} and m1.identity is None
@@ -4001,7 +4017,7 @@ def test_what_a_mail_waits_for_whose_time_has_come(change, held):
     entries.append(("/m3", envelope_to(addressee(attempts=1, moment="2026-11-24T08:00:00Z"))))
     lines = spoolgore.lines_of(entries, ["/m4", *dict(entries)], NOW + 1, mtime=lambda path: NOW)
     summary = spoolgore.summary_of(spoolgore.Tally(lines), {**FACTS, **change}, NOW + 1)
-    rows = spoolgore.table(lines, NOW + 1, spoolgore.held_by(summary))
+    rows = spoolgore.table(lines, NOW + 1, spoolgore.waits_for(summary))
     assert {row[0]: row[6] for row in rows} == {"FILE": "NEXT IN", "m1": held, "m2": "now", "m3": "1h", "m4": held}
 
 
@@ -5054,7 +5070,7 @@ def test_a_mended_mail_that_waits_for_the_relay_is_not_looked_at_by_every_scan(s
         spooler.scan()
         spooler.dispatch()
         spooler.pool.join()
-    assert state_in(spooler, "m1") == "held"
+    assert state_in(spooler, "m1") == "grounded"
 
 
 @pytest.mark.parametrize("size", [10, 2 * spoolgore.CHUNK])
@@ -6529,7 +6545,7 @@ def test_each_outcome_is_said_and_counted(spool, status, logged):
 @pytest.mark.parametrize(
     "error, is_down, is_stopping, state",
     [
-        (spoolgore.RelayDown("refused"), True, False, "held"),
+        (spoolgore.RelayDown("refused"), True, False, "grounded"),
         (spoolgore.RelayDown("refused"), False, False, "resting"),  # it is up again by now
         (spoolgore.RelayDown("refused"), False, True, "resting"),
         (spoolgore.OutOfTurn(), False, False, "in line"),
@@ -6999,6 +7015,28 @@ def test_an_unusable_mail_that_is_held_and_removed_is_forgotten(spool, status):
     assert not spooler.queue.mails
 
 
+def test_a_mail_that_is_held_is_no_reason_to_write_the_status_at_every_scan(spool, status):
+    spooler = spooler_of(spool, status)
+    waiting_mail(spooler)
+    (spool / "m1").rename(spool / ".m1")
+    spooler.scan()
+    assert status.wanted.is_set()
+    status.wanted.clear()
+    spooler.scan()
+    assert state_in(spooler, "m1") == spoolgore.ASIDE and not status.wanted.is_set()
+
+
+@pytest.mark.parametrize("name", ["failed", "spoolgore.lock", "spoolgore.js"])
+def test_what_is_not_a_mail_with_a_dot_holds_none(spool, status, name):
+    (spool / ".failed").mkdir()
+    (spool / ".spoolgore.js").write_text("{}")
+    spooler = spooler_of(spool, status)
+    put_entry(status, f"{spool}/{name}", entry_due(NOW + 600))
+    assert spooler.spool.held() == set()
+    spooler.scan()
+    assert not status.queue.mails
+
+
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
@@ -7053,12 +7091,122 @@ def test_a_mail_is_held_over_a_restart(spool, status, start, scripted):
     assert relay.wait_for(3)[2].recipients == ["a@x.org"]
 
 
+def half_delivered(status, path, **more):
+    """An entry of a mail that a@x.org has, and that waits for late@x.org."""
+    entry = envelope_to(addressee(status=2), addressee("late@x.org", attempts=1, error="451 later"))
+    return put_entry(status, path, {**entry, "Enqueued": spoolgore.format_time(NOW - 60), **more})
+
+
+def test_an_inode_that_went_to_another_file_does_not_make_that_the_same_mail(spool, status):
+    """m1 was removed, the new mail m2 has its inode, and both are under way before either is opened."""
+    spooler = spooler_of(spool, status)
+    put(spool, "m2", mail("boss@x.org"))
+    device, inode, size, time_of_it = spoolgore.identity(os.stat(spool / "m2"))
+    half_delivered(status, f"{spool}/m1")
+    gone = status.queue.mails[f"{spool}/m1"]
+    status.queue.identify(gone, (device, inode, size + 1, time_of_it - 1))
+    status.queue.become(gone, spoolgore.FLYING)
+    handle(spooler, "m2")
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["boss@x.org"] and names(spool) == [] and not status.queue.mails
+
+
+def test_a_mail_that_is_away_does_not_take_the_inode_of_one_that_is_open(spool, status):
+    queue = status.queue
+    away, here = half_delivered(status, "/spool/m1"), queue.add("/spool/m2")
+    queue.identify(away, (1, 2, 3, 4))
+    queue.become(here, spoolgore.FLYING)
+    assert queue.identify(here, (1, 2, 5, 6)) is here
+    here.is_open = True
+    queue.lose(away)
+    assert queue.identify(queue.add("/spool/m3"), (1, 2, 5, 7)) is here
+
+
+def test_a_partly_delivered_mail_that_is_renamed_after_a_restart_goes_to_nobody_twice(spool, status):
+    put(spool, "m1", mail("a@x.org, late@x.org"))
+    half_delivered(status, f"{spool}/m1", Stat=mark_of(spool / "m1"))
+    status.spool = spoolgore.Spool(str(spool))
+    status.path = status.spool.status_path
+    status.save()
+    again = spoolgore.Status(spoolgore.Queue(), status.spool)
+    again.load()
+    spooler = spooler_of(spool, again)
+    (spool / "m1").rename(spool / "m2")
+    spooler.scan()
+    handle(spooler, "m2")
+    assert sent_by(spooler) == ["late@x.org"] and names(spool) == []
+
+
+@pytest.mark.parametrize("stat", [None, 7, "", "1 2", "1 2 x", "changed"])
+def test_an_entry_that_does_not_say_which_file_it_is_of(stat):
+    assert spoolgore.identity_in({"Stat": stat}, 5) is None
+    assert spoolgore.identity_in({"Stat": spoolgore.file_mark((1, 2, 3, -4))}, 5) == (5, 2, 3, -4)
+
+
+def test_a_file_that_is_mended_while_it_is_read_is_not_taken_for_the_broken_one(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", "broken\n")
+
+    def parse(file, size):
+        put(spool, "m1", mail("a@x.org"))
+        raise spoolgore.BadMessage("no header")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spoolgore, "Message", parse)
+        handle(spooler, "m1")
+    assert state_in(spooler, "m1") == spoolgore.STUCK
+    spooler.scan()
+    assert state_in(spooler, "m1") == spoolgore.IN_LINE
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"]
+
+
+def test_a_mail_that_needs_less_room_than_before_does_not_wait_for_more(spool, status):
+    """Of ten recipients one is left: under -rate he goes as soon as there is room for one."""
+    spooler = spooler_of(spool, status, "-rate", "10/m")
+    mail = spooler.queue.add(f"{spool}/m1")
+    spooler.queue.line_up(mail, spooler.queue.fresh)
+    spooler.turnstile.begin(1)
+    with pytest.raises(spoolgore.OutOfTurn):
+        spooler.take_turn(mail, 10)
+    assert spooler.queue.need() == 10
+    spooler.turnstile.rate.in_flight = 0
+    spooler.take_turn(mail, 10)
+    assert spooler.queue.need() == 1
+
+
+@pytest.mark.parametrize("due, seen, at_once", [(3600, 10, True), (3600, -10, False), (600, 10, False)])
+def test_a_mail_whose_times_were_written_by_a_clock_that_was_ahead(spool, status, due, seen, at_once):
+    """It does not wait for them; an edit may put off a mail for long."""
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    entry = entry_due(NOW + due, Enqueued=spoolgore.format_time(NOW + seen), Stat=mark_of(spool / "m1"))
+    waiting = put_entry(status, f"{spool}/m1", entry)
+    spooler.queue.look_again(spooler.due_at)
+    assert waiting.due == (0.0 if at_once else NOW + due)
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["a@x.org"] * at_once
+
+
+def test_a_failed_directory_that_is_not_trusted_hides_nothing_else(spool, status, logged):
+    spooler = spooler_of(spool, status)
+    spooler.keep = lambda name, work: None
+    given_up = aside(status, spool, ("a@x.org", 2, "550 no"))
+    waiting = put_entry(status, f"{spool}/m2", entry_due(NOW + 600))
+    (spool / ".failed").mkdir()
+    (spool / ".failed").chmod(0o777)
+    for _ in range(2):
+        spooler.scan()
+    assert (given_up.state, waiting.state) == (spoolgore.ASIDE, spoolgore.LEFT)
+    assert logged() == [f"unable to look into {spool}/.failed, others may write it: {spool}/.failed"]
+
+
 @pytest.mark.parametrize("way", ["event", "scan"])
-@pytest.mark.parametrize("state", [spoolgore.RESTING, spoolgore.HELD])
+@pytest.mark.parametrize("state", [spoolgore.RESTING, spoolgore.GROUNDED])
 def test_a_mail_that_is_touched_is_tried_now(spool, status, way, state):
     spooler = spooler_of(spool, status)
     waiting = waiting_mail(spooler)
-    if state == spoolgore.HELD:
+    if state == spoolgore.GROUNDED:
         spooler.queue.become(waiting, spoolgore.FLYING)
         spooler.queue.become(waiting, state)
     look = (lambda: spooler.lookout.noticed(spoolgore.Watch.CLOSE_WRITE, "m1")) if way == "event" else spooler.scan
@@ -9046,6 +9194,14 @@ def checked(*flags, environ=()):
     return spoolgore.check(options_of("-check", "-helo", "app.example.org", *flags), dict(environ), lines.append), lines
 
 
+def test_a_current_directory_that_was_removed_is_named(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    command = f"cd {gone} && rmdir {gone} && exec {sys.executable} {SCRIPT} -status spool"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1 and done.stderr[20:] == "the current directory was removed: spool\n"
+
+
 def test_check_says_what_each_relay_is_like_and_sends_nothing(relay_with, certificates):
     good, port = relay_with(tls_context=certificates.server()), free_port()
     flags = ["-tls", "starttls", "-tlsca", certificates.ca, "-smtpaddr", f"{good.address},127.0.0.1:{port}"]
@@ -9070,6 +9226,25 @@ def test_check_says_what_is_wrong_with_a_certificate(relay_with, certificates, k
         status, lines = checked("-tls", mode, "-tlsca", str(certificates.ca), "-smtpaddr", address)
         assert status == 1 and len(lines) == 2
         assert lines[1].startswith(f"{address}: FAILED: ") and reason in lines[1]
+
+
+def test_check_of_a_name_that_cannot_be_looked_up_is_a_line():
+    done = spoolgore_run("-check", "-smtpaddr", "a\u200db.example:25")
+    assert done.returncode == 1 and done.stderr == ""
+    assert done.stdout.endswith("b.example:25: FAILED: a joiner between letters that do not join\n")
+
+
+def test_who_interrupts_a_check_sees_no_traceback(scripted):
+    asked = threading.Event()
+    relay = scripted(serve=lambda conversation: asked.set() or conversation.relay.released.wait(PATIENCE))
+    relay.released = threading.Event()
+    command = [sys.executable, str(SCRIPT), "-check", "-smtpaddr", relay.address]
+    default = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # ours may be ignored
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **default) as process:
+        assert asked.wait(PATIENCE)
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(PATIENCE), process.stderr.read()) == (-signal.SIGINT, b"")
+        relay.released.set()
 
 
 def test_check_asks_for_leave_and_takes_it_back(scripted):
@@ -9296,6 +9471,15 @@ def test_a_file_that_is_no_certificate_is_refused_at_the_start(spool, tmp_path, 
         path.write_text(content)
     done = spoolgore_run(f"-{flag}", path, spool)
     assert done.returncode == 2 and f'invalid value "{path}" for flag -{flag}: ' in done.stderr.splitlines()[0]
+
+
+def test_an_encrypted_key_is_refused_and_nobody_is_asked_for_its_passphrase(spool, tmp_path):
+    path = tmp_path / "client.pem"
+    new = f"openssl req -x509 -newkey rsa:2048 -passout pass:secret -subj /CN=a -days 9 -keyout {path} -out {path}.crt"
+    subprocess.run(new.split(), check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + Path(f"{path}.crt").read_bytes())
+    done = spoolgore_run("-tlscert", path, spool)
+    assert done.returncode == 2 and "its key is encrypted" in done.stderr.splitlines()[0]
 
 
 def speak_tls(conversation, context):
@@ -10709,8 +10893,8 @@ def test_a_failed_directory_that_somebody_planted_gets_no_mail(spool, victim, re
     put(spool, "m1", mail("a@example.org"))
     daemon = run("-once", "-smtpaddr", relay.address, "-attempts", 1)
     assert daemon.status_code == 75 and names(spool) == ["m1"]
-    wanted = f"{spool}/m1 is settled, unable to remove it, {problem}: {spool}/.failed (it is tried again)"
-    assert said(daemon, "unable to remove") == [wanted]
+    wanted = f"{spool}/m1 was given up, unable to move it, {problem}: {spool}/.failed (it is tried again)"
+    assert said(daemon, "unable to move") == [wanted]
     assert os.listdir(victim.parent / "elsewhere") == []
 
 
@@ -11670,7 +11854,7 @@ def test_the_page_and_status_say_the_same_of_the_same_mails(spool, status):
     (spool / "directory").mkdir()
     status.path = status.spool.status_path
     status.load()
-    spooler.queue.look_again(spoolgore.due_at)
+    spooler.queue.look_again(spooler.due_at)
     spooler.lookout.take_stock(spooler.spool.list())
     done = spoolgore_run("-status", spool, "-format", "json")
     summary, *mails = map(json.loads, done.stdout.splitlines())
