@@ -909,7 +909,10 @@ class Message:
         self.missing, self.added = missing_fields(header), b""
         own = MESSAGE_ID.search(b"\n" + header)
         self.message_id = own[1].decode("utf-8", "replace") if own else ""
-        self.whole = None if size >= CHUNK else with_crlf(without_bcc(header) + rest)
+        self.whole = None
+        if size < CHUNK:
+            text = without_bcc(header) + rest
+            self.whole = (text if text.endswith(b"\n") else text + b"\n").replace(b"\n", b"\r\n")
         self.size = size - self.top if self.whole is None else len(self.whole)  # octets to declare (RFC 1870)
 
     def add(self, seen, message_id):
@@ -975,11 +978,6 @@ def whole_text(file, size):
     if len(text) != size:
         raise Unfinished("the file changed while it was read")
     return text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
-
-
-def with_crlf(text):
-    """LF text as it is sent: CRLF line ends, one of them last."""
-    return (text if text.endswith(b"\n") else text + b"\n").replace(b"\n", b"\r\n")
 
 
 @functools.lru_cache(maxsize=1)
@@ -1431,7 +1429,8 @@ class Queue:
         if self.mails.get(before) is mail:
             del self.mails[before]
             self.dropped.add(before)
-        mail.entry, mail.path = repacked(path, mail.entry), path
+        mail.entry = pack(path, unpack(mail.entry)) if isinstance(mail.entry, bytes) else mail.entry
+        mail.path = path
         self.mails[path], mail.news = mail, self.epoch
         if other.state == FLYING and other is not mail and before not in self.mails:
             self.mails[before], other.path, other.news = other, before, self.epoch
@@ -1617,11 +1616,6 @@ def file_that_somebody_has(packed, device):
     if b'"Status": 2' not in packed or envelope_problem(envelope := unpack(packed)):
         return None
     return identity_in(envelope, device) if is_partly_delivered(envelope) else None
-
-
-def repacked(path, entry):
-    """A mail's entry for another path."""
-    return pack(path, unpack(entry)) if isinstance(entry, bytes) else entry
 
 
 def read_status(path, owners=None):
@@ -1927,7 +1921,8 @@ def closed_after(handle):
     try:
         yield handle
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):  # what was done is done; gevent asks for the status first, which may fail
+            os.close(handle)
 
 
 def distrust(status, directory, owners=None, is_right=stat.S_ISREG):
@@ -2337,16 +2332,16 @@ class Spool:
         path, previous = self.path(".spoolgore.lock"), self._lock
         with naming_owner(path):
             handle = open_state(path, os.O_RDWR | os.O_CREAT, self.owners)
-        if previous is not None and os.path.samestat(os.fstat(handle), os.fstat(previous)):
-            os.close(handle)
-            handle = previous
-        self._take(handle, path)
-        if previous not in (None, handle):
-            os.close(previous)
-        status = os.fstat(handle)
-        self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
-        os.lseek(handle, 0, os.SEEK_SET)
-        self.last_facts = facts_in(os.read(handle, CHUNK))[1]  # of the daemon before us
+            if previous is not None and os.path.samestat(os.fstat(handle), os.fstat(previous)):
+                os.close(handle)
+                handle = previous
+            self._take(handle, path)
+            if previous not in (None, handle):
+                os.close(previous)
+            status = os.fstat(handle)
+            self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
+            os.lseek(handle, 0, os.SEEK_SET)
+            self.last_facts = facts_in(os.read(handle, CHUNK))[1]  # of the daemon before us
         self.publish({})
 
     def _take(self, handle, path):
@@ -4001,10 +3996,10 @@ def plain_line(path, values, mtime, whole):
     packed, name, sender, address, status, attempts, minute, second, error, since, and_second = values
     if "\\" in packed:
         sender, address, error = text_in(sender), text_in(address), text_in(error)
-    attempts = int(attempts)
+    attempts, next_attempt = int(attempts), minute_of(minute) + float(second)
     if (kind := kind_of(int(status), attempts, error)) == "unusable":
         raise ValueError
-    due = minute_of(minute) + float(second) if status == "0" else math.inf
+    due = next_attempt if status == "0" else math.inf
     since = minute_of(since) + float(and_second) or mtime(path)
     entry = packed[len(name) + 5 :].translate(NO_LAYOUT) if whole else "null"  # less a tab, two quotes, colon, space
     return Line(due, kind, path, since, address_in(sender), address, attempts, error, entry)

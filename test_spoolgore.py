@@ -7201,6 +7201,29 @@ def test_a_failed_directory_that_is_not_trusted_hides_nothing_else(spool, status
     assert logged() == [f"unable to look into {spool}/.failed, others may write it: {spool}/.failed"]
 
 
+def test_a_directory_that_cannot_be_closed_takes_nothing_back(spool, status, monkeypatch):
+    """The mail lies in .failed by then: so does its entry."""
+    spooler = spooler_of(spool, status, "-fail5xx")
+    put(spool, "m1", mail("a@x.org"))
+    refused = spoolgore.Outcome(spoolgore.Verdict.REFUSED, "550 no")
+    monkeypatch.setattr(spooler.relay, "send", lambda sender, addresses, message: dict.fromkeys(addresses, refused))
+    monkeypatch.setattr(status, "commit", lambda mail: True)
+    with failing(monkeypatch, "close", errno.ENOMEM):
+        handle(spooler, "m1")
+    (given_up,) = spooler.queue.mails.values()
+    assert (given_up.path, given_up.state) == (f"{spool}/.failed/m1", spoolgore.ASIDE)
+    assert b"550 no" in given_up.entry and os.listdir(spool / ".failed") == ["m1"]
+
+
+@pytest.mark.parametrize("function", ["fstat", "read", "lseek"])
+def test_a_lock_that_cannot_be_looked_at_is_named(spool, monkeypatch, function):
+    with failing(monkeypatch, function, errno.EIO), pytest.raises(OSError) as problem:
+        spoolgore.Spool(str(spool)).lock()
+    assert f"Input/output error (it belongs to {spoolgore.owner_of(spool)}): {spool}/.spoolgore.lock" == (
+        spoolgore.describe(problem.value)
+    )
+
+
 @pytest.mark.parametrize("way", ["event", "scan"])
 @pytest.mark.parametrize("state", [spoolgore.RESTING, spoolgore.GROUNDED])
 def test_a_mail_that_is_touched_is_tried_now(spool, status, way, state):
