@@ -4321,7 +4321,7 @@ def test_what_is_wrong_with_the_lock_is_said_of_the_lock(spool, monkeypatch):
     monkeypatch.setattr(spoolgore.fcntl, "lockf", no_locks)
     with pytest.raises(OSError) as caught:
         spoolgore.Spool(str(spool)).lock()
-    expected = f"No locks available (it cannot be locked): {spool}/.spoolgore.lock"
+    expected = f"No locks available (it cannot be locked) (it belongs to {me}): {spool}/.spoolgore.lock"
     assert spoolgore.describe(caught.value) == expected and not isinstance(caught.value, spoolgore.Locked)
 
 
