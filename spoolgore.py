@@ -1351,7 +1351,8 @@ class Mail:
     """One file of the spool, from when its name is seen until it is settled. See Queue."""
 
     __slots__ = (
-        *("path", "state", "due", "entry", "identity", "is_open", "seen", "print", "whole", "forced", "need", "news"),
+        *("path", "state", "due", "entry", "identity", "delivery", "is_open", "seen", "print", "whole", "forced"),
+        *("need", "news"),
     )
 
     def __init__(self, path, entry=None):
@@ -1359,6 +1360,7 @@ class Mail:
         self.due = 0.0  # until when it rests
         self.entry = entry  # the envelope: a dict in flight, packed at rest; None until it was read
         self.identity = None  # of its file, in flight and where it may be needed later
+        self.delivery = None  # that has it; a new one may have, before the greenlet of the one before has ended
         self.is_open = False  # its delivery has the file open, so that no other file can have its inode
         self.seen = None  # signature of the file of a STUCK mail
         self.print = 0  # hash of its file's latest identity; 0 if it was not opened since the start
@@ -4777,11 +4779,11 @@ def judged(mail, envelope, message, now):
 class Delivery:
     """See the head of this section. mail: FLYING; it may turn out to be another one that was renamed."""
 
-    __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message", "has_landed")
+    __slots__ = ("spooler", "mail", "path", "file", "size", "names", "message")
 
     def __init__(self, spooler, mail):
         self.spooler, self.mail, self.path = spooler, mail, named(mail.path)  # as the log calls it all the time
-        self.file, self.names, self.has_landed = None, 1, False
+        self.file, self.names, mail.delivery = None, 1, self
 
     def run(self):
         try:
@@ -4798,12 +4800,12 @@ class Delivery:
 
     def landed(self, _greenlet):
         """The greenlet has ended, or could not even begin."""
-        if self.has_landed:
-            return
-        mail, queue, self.has_landed = self.mail, self.spooler.queue, True
-        mail.is_open = False
+        mail, queue = self.mail, self.spooler.queue
         if self.file:
             self.file.close()
+        if mail.delivery is not self:
+            return
+        mail.delivery, mail.is_open = None, False
         if mail.state == FLYING:
             self.rest()
         if mail.state != LEFT and isinstance(mail.entry, dict):
@@ -4863,7 +4865,7 @@ class Delivery:
             return False
         queue.taking = other if queue.taking is mail else queue.taking
         queue.become(other, FLYING)
-        self.mail = other
+        self.mail, other.delivery = other, self
         return True
 
     def stick(self, reason):

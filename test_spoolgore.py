@@ -2859,7 +2859,7 @@ def test_what_a_new_mail_is():
         "news": 0,
         "print": 0,
     }
-    known |= dict.fromkeys(("entry", "identity", "seen"))
+    known |= dict.fromkeys(("entry", "identity", "seen", "delivery"))
     assert {name: getattr(mail, name) for name in mail.__slots__} == known
 
 
@@ -7199,6 +7199,30 @@ def test_a_failed_directory_that_is_not_trusted_hides_nothing_else(spool, status
         spooler.scan()
     assert (given_up.state, waiting.state) == (spoolgore.ASIDE, spoolgore.LEFT)
     assert logged() == [f"unable to look into {spool}/.failed, others may write it: {spool}/.failed"]
+
+
+def test_a_delivery_that_lands_late_leaves_the_next_one_alone(spool, status, monkeypatch):
+    """The relay was up again before the greenlet of the one before had ended."""
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org, b@x.org"))
+    mail_of_it = spooler.queue.add(f"{spool}/m1")
+    spooler.queue.become(mail_of_it, spoolgore.FLYING)
+    late, refused = spoolgore.Delivery(spooler, mail_of_it), spoolgore.RelayDown("refused")
+    monkeypatch.setattr(spooler.relay, "down", "refused")
+    monkeypatch.setattr(spooler.relay, "send", lambda *_: (_ for _ in ()).throw(refused))
+    late.run()
+    assert mail_of_it.state == spoolgore.GROUNDED
+    spooler.queue.release_grounded()
+
+    def send(sender, addresses, message):
+        late.landed(None)
+        assert mail_of_it.state == spoolgore.FLYING
+        assert [each["Status"] for each in spoolgore.recipients(mail_of_it.entry)] == [1, 1]
+        return dict.fromkeys(addresses, spoolgore.Outcome(spoolgore.Verdict.DELIVERED))
+
+    monkeypatch.setattr(spooler.relay, "send", send)
+    handle_in_line(spooler, "m1")
+    assert mail_of_it.state == spoolgore.LEFT and names(spool) == []
 
 
 def test_a_directory_that_cannot_be_closed_takes_nothing_back(spool, status, monkeypatch):
