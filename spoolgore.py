@@ -2464,7 +2464,8 @@ class Spool:
 class Watch:
     """The names that turn up in a directory, by inotify(7). Raises OSError where it is not to be had."""
 
-    ATTRIB, CLOSE_WRITE, MOVED_TO, CREATE, DELETE_SELF, MOVE_SELF = 0x4, 0x8, 0x80, 0x100, 0x400, 0x800
+    ATTRIB, CLOSE_WRITE, MOVED_FROM, MOVED_TO, CREATE = 0x4, 0x8, 0x40, 0x80, 0x100
+    DELETE_SELF, MOVE_SELF = 0x400, 0x800
     OVERFLOW, IGNORED, ONLYDIR = 0x4000, 0x8000, 0x1000000
     LOST = OVERFLOW | DELETE_SELF | MOVE_SELF | IGNORED | ATTRIB
 
@@ -2474,7 +2475,8 @@ class Watch:
         if not hasattr(libc, "inotify_init1"):
             raise OSError(errno.ENOSYS, "this system has none")
         self.handle = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        wanted = self.CLOSE_WRITE | self.MOVED_TO | self.CREATE | self.DELETE_SELF | self.MOVE_SELF | self.ONLYDIR
+        wanted = self.CLOSE_WRITE | self.MOVED_FROM | self.MOVED_TO | self.CREATE | self.ONLYDIR
+        wanted |= self.DELETE_SELF | self.MOVE_SELF
         for path, mask in ((directory, wanted), (lock, self.ATTRIB)):
             if self.handle < 0 or libc.inotify_add_watch(self.handle, os.fsencode(path), mask) < 0:
                 self.close()
@@ -5167,6 +5169,9 @@ class Lookout:
             self.queue.open_unread()
         elif mask & Watch.MOVED_TO:
             self.appeared(path, whole=True)
+        elif mask & Watch.MOVED_FROM:  # it may be held, be changed and come back before the next scan
+            if (mail := self.queue.mails.get(path)) and mail.state != FLYING and not look(path):
+                self.is_held(mail)
         elif mask & Watch.CLOSE_WRITE:
             self.appeared(path, whole=True, pause=GRACE_SECONDS)
             self.retry_if_touched(path)

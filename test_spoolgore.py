@@ -7026,6 +7026,30 @@ def test_a_mail_that_is_held_is_no_reason_to_write_the_status_at_every_scan(spoo
     assert state_in(spooler, "m1") == spoolgore.ASIDE and not status.wanted.is_set()
 
 
+def test_a_mail_that_is_held_corrected_and_released_before_any_scan(spool, status):
+    spooler = spooler_of(spool, status)
+    waiting = waiting_mail(spooler)
+    (spool / "m1").rename(spool / ".m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_FROM, "m1")
+    assert waiting.state == spoolgore.ASIDE
+    replaced(spool / ".m1", "a@x.org", "right@x.org")
+    (spool / ".m1").rename(spool / "m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
+    handle(spooler, "m1")
+    assert sent_by(spooler) == ["right@x.org"]
+
+
+@pytest.mark.parametrize("name", ["m2", "elsewhere/m1"])
+def test_a_mail_that_is_renamed_but_not_held_is_left_to_the_scan(spool, status, name):
+    spooler = spooler_of(spool, status)
+    waiting = waiting_mail(spooler)
+    (spool / "elsewhere").mkdir()
+    (spool / "m1").rename(spool / name)
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_FROM, "m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_FROM, "m9")
+    assert waiting.state == spoolgore.RESTING and list(spooler.queue.mails.values()) == [waiting]
+
+
 @pytest.mark.parametrize("name", ["failed", "spoolgore.lock", "spoolgore.js"])
 def test_what_is_not_a_mail_with_a_dot_holds_none(spool, status, name):
     (spool / ".failed").mkdir()
@@ -12551,7 +12575,11 @@ def test_readme_sendmail_that_cannot_write_leaves_nothing(sendmail, shell, spool
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_readme_sendmail_that_is_killed_leaves_nothing(sendmail, spool, name):
-    process = subprocess.Popen([str(sendmail.script), "a@x.org"], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    heeded = {
+        "preexec_fn": lambda: signal.signal(getattr(signal, name), signal.SIG_DFL)
+    }  # no shell traps an ignored one
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([str(sendmail.script), "a@x.org"], **pipes, **heeded)
     process.stdin.write(b"Subject: y\n")
     process.stdin.flush()
     wait_until(lambda: [entry for entry in os.scandir(spool) if entry.stat().st_size > 60])
