@@ -4888,6 +4888,7 @@ class Delivery:
 
     def cannot_reach(self, error):
         """Out of descriptors or memory, or a fault of the disk: the file itself may be fine, and need not change."""
+        self.rest(PROBE_SECONDS if isinstance(error, FileNotFoundError) else 60)  # that is the whole directory's
         reason = getattr(error, "strerror", "") or describe(error)
         self.spooler.say("read", f"unable to read mail files, {reason} (it is tried again)")
         if not isinstance(self.mail.entry, dict):

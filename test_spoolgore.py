@@ -7249,6 +7249,16 @@ def test_a_delivery_that_lands_late_leaves_the_next_one_alone(spool, status, mon
     assert mail_of_it.state == spoolgore.LEFT and names(spool) == []
 
 
+def test_a_mail_that_is_seen_while_the_spool_is_away_is_tried_as_soon_as_it_can_be_back(spool, status, logged):
+    spooler = spooler_of(spool, status)
+    put(spool, "m1", mail("a@x.org"))
+    spool.rename(spool.with_name("away"))
+    handle(spooler, "m1")
+    (waiting,) = spooler.queue.mails.values()
+    assert (waiting.state, waiting.due) == (spoolgore.RESTING, NOW + spoolgore.PROBE_SECONDS)
+    assert logged() == ["unable to read mail files, it is away or was made again (it is tried again)"]
+
+
 def test_a_directory_that_cannot_be_closed_takes_nothing_back(spool, status, monkeypatch):
     """The mail lies in .failed by then: so does its entry."""
     spooler = spooler_of(spool, status, "-fail5xx")
