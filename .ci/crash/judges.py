@@ -35,9 +35,9 @@ class Flaw(NamedTuple):
 
 
 def instead(function, code):
-    """A flaw's code: this function is replaced by one that may call the real one; code: its body, of *given."""
+    """A flaw's code: this function is replaced by one that may call the real one. code: its body, of given, named."""
     body = textwrap.indent(textwrap.dedent(code).strip(), "    ")
-    return f"def broken(*given, real={function}):\n{body}\n{function} = broken\n"
+    return f"def broken(*given, real={function}, **named):\n{body}\n{function} = broken\n"
 
 
 KILLS, POWER = "kill --dialect pipelining --every 7", "power --every 5 --mode"
@@ -97,7 +97,7 @@ FLAWS = [
     ),
     Flaw(
         "a removal that fails is taken for done",
-        instead("os.unlink", "with contextlib.suppress(OSError): real(*given)"),
+        instead("os.unlink", "with contextlib.suppress(OSError): real(*given, **named)"),
         "errors --dialect pipelining --call unlink",
         "does not heal|left in the spool|got it",
     ),
