@@ -410,9 +410,11 @@ def parse_listener(text):
 
 def is_host(text):
     """Whether a name can be one of the DNS, or none was given."""
-    with contextlib.suppress(UnicodeError):
-        return text.encode("idna") is not None
-    return False
+    try:
+        text.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def parse_address(flag, text, default_port):
@@ -496,7 +498,7 @@ def check_words(found):
     check_user(found, "smtppassword", "smtpuser")
     check_user(found, "smtpmd5password", "smtpmd5user")
     for name in ("helo", "tlsname"):
-        if not re.fullmatch(r"[!-~]*", found[name]) or not is_host(found[name] if name == "tlsname" else ""):
+        if not re.fullmatch(r"[!-~]*", found[name]) or (name == "tlsname" and not is_host(found[name])):
             raise bad_value(name, found[name], "not a host name")
     if found["tlsname"] and found["tls"] == "off":
         raise bad_value("tlsname", found["tlsname"], "there is no TLS with -tls off")
@@ -2185,9 +2187,16 @@ def naming_owner(path):
             error.strerror += f", run this as {user_name(user)}"
         raise
     except OSError as error:
-        shown = path if os.path.lexists(path) else os.path.dirname(path)
-        owner = f" (it belongs to {owner_of(shown)})" if os.path.lexists(shown) else ""
+        shown, owner = whose(path)
         raise OSError(error.errno, f"{error.strerror}{owner}", shown) from None
+
+
+def whose(path):
+    """(path, whom it belongs to), for an error; of the directory, if the file is not there or not to be seen."""
+    for shown in (path, os.path.dirname(path)):
+        with contextlib.suppress(OSError):
+            return shown, f" (it belongs to {owner_of(shown)})"
+    return shown, ""
 
 
 def owner_of(path):
@@ -2390,8 +2399,8 @@ class Spool:
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.ENXIO):  # a symbolic link, a socket
                 raise NotAMail("not a regular file, ignored") from None
-            if error.errno == errno.EACCES and os.path.isdir(path):  # Windows opens no directory
-                raise NotAMail("") from None
+            if error.errno == errno.EACCES and (status := look(path)) and stat.S_ISDIR(status.st_mode):
+                raise NotAMail("") from None  # Windows opens no directory
             if error.errno == errno.ENOTDIR:
                 raise FileNotFoundError(errno.ENOENT, error.strerror, path) from None
             raise
@@ -2962,6 +2971,15 @@ def is_loopback(end):
     return (getattr(host, "ipv4_mapped", None) or host).is_loopback
 
 
+def unspeakable(address, offers):
+    """Why a relay with these Offers cannot be told this address; empty when it can."""
+    try:
+        wire = wire_address(address)
+    except ValueError as error:
+        return f"{address} has an impossible domain: {error}"
+    return "" if wire.isascii() or offers.smtputf8 else f"{address} needs SMTPUTF8, which the relay does not offer"
+
+
 class Transaction:
     """One mail on one connection (RFC 5321 3.3): MAIL, RCPT and DATA or BDAT, and their replies.
 
@@ -3014,19 +3032,11 @@ class Transaction:
         if self.message.size > limit > 0:
             text = f"552 5.3.4 not sent: {self.message.size} octets are over the relay's limit of {limit}"
             return dict.fromkeys(self.addresses, Outcome(Verdict.REFUSED, text))
-        problems = {address: self._unspeakable(address) for address in self.addresses}
-        if problem := self._unspeakable(self.sender):
+        offers = self.connection.offers
+        problems = {address: unspeakable(address, offers) for address in self.addresses}
+        if problem := unspeakable(self.sender, offers):
             problems = dict.fromkeys(self.addresses, f"the sender {problem}")
         return {to: Outcome(Verdict.REFUSED, f"553 5.6.7 not sent: {why}") for to, why in problems.items() if why}
-
-    def _unspeakable(self, address):
-        try:
-            wire = wire_address(address)
-        except ValueError as error:
-            return f"{address} has an impossible domain: {error}"
-        if wire.isascii() or self.connection.offers.smtputf8:
-            return ""
-        return f"{address} needs SMTPUTF8, which the relay does not offer"
 
     # -- the conversation
 
@@ -3677,10 +3687,12 @@ def check(options, environ, say):
 
 def ask_for_leave(connection, address, witness):
     """MAIL and RCPT, then RSET. Raises OSError."""
+    if problem := unspeakable(
+        address, connection.offers
+    ):  # a lenient relay would say yes, and get no such mail from us
+        raise RelayRefused(problem)
     wire = wire_address(address)
     utf8 = "" if wire.isascii() else " SMTPUTF8"
-    if utf8 and not connection.offers.smtputf8:  # else a lenient relay would say yes, and get no such mail from us
-        raise RelayRefused(f"{address} needs SMTPUTF8, which the relay does not offer")
     for command in (f"MAIL FROM:<{wire}>{utf8}", f"RCPT TO:<{wire}>", "RSET"):
         connection.send(f"{command}\r\n".encode())
         reply = connection.reply()
@@ -5319,7 +5331,7 @@ class Lookout:
             self.queue.rename(mail, path)
         elif mail.state == ASIDE:
             return True
-        if mail.state != ASIDE:
+        else:
             self.queue.become(mail, ASIDE)
         self.spooler.status.wanted.set()
         return True
@@ -5758,7 +5770,7 @@ def check_status_path(path):
         os.stat(os.path.join(os.path.dirname(path), ""))
     except (FileNotFoundError, NotADirectoryError):
         raise bad_value("json", path, "its directory does not exist") from None
-    if look(path) and not os.path.isfile(path):
+    if look(path) and not ((status := look(os.path.realpath(path))) and stat.S_ISREG(status.st_mode)):
         raise bad_value("json", path, "not a regular file")
 
 
