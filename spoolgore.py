@@ -3687,9 +3687,7 @@ def check(options, environ, say):
 
 def ask_for_leave(connection, address, witness):
     """MAIL and RCPT, then RSET. Raises OSError."""
-    if problem := unspeakable(
-        address, connection.offers
-    ):  # a lenient relay would say yes, and get no such mail from us
+    if problem := unspeakable(address, connection.offers):  # a lenient relay would say yes all the same
         raise RelayRefused(problem)
     wire = wire_address(address)
     utf8 = "" if wire.isascii() else " SMTPUTF8"
