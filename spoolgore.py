@@ -5788,7 +5788,7 @@ def serve(options):
     if options.http:
         spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
-    catch_faults_of_gevent(spooler)
+    catch_unexpected(spooler)
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
     spooler.publish()
@@ -5803,11 +5803,14 @@ def serve(options):
     return exit_status
 
 
-def catch_faults_of_gevent(spooler):
-    """An error outside of everything of ours is one line; gevent would print its traceback."""
-    gevent.get_hub().print_exception = lambda _context, _kind, error, _trace: spooler.say(
-        "gevent", f"unexpected: {describe(error)}"
-    )
+def catch_unexpected(spooler):
+    """An error outside of everything of ours is one line; gevent, and Python in a thread, would print a traceback."""
+
+    def tell(subject, error):
+        spooler.say(subject, f"unexpected: {describe(error)}")
+
+    gevent.get_hub().print_exception = lambda _context, _kind, error, _trace: tell("gevent", error)
+    sys.unraisablehook = lambda fault: tell("python", fault.exc_value)
 
 
 def load_status(status, is_named):

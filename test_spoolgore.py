@@ -6380,6 +6380,21 @@ def test_the_loop_goes_on_whatever_it_meets(spool, status, monkeypatch, logged):
     assert logged()[0] == "unexpected error in the loop" and "LookupError: odd" in logged()
 
 
+def test_what_gevent_and_python_cannot_raise_is_a_line_each(spool, status, logged, monkeypatch):
+    for place, name in ((sys, "unraisablehook"), (gevent.get_hub(), "print_exception")):
+        monkeypatch.setattr(place, name, None)
+    spoolgore.catch_unexpected(spooler_of(spool, status))
+
+    def fails(error):
+        raise error
+
+    for _ in range(2):
+        gevent.spawn(fails, LookupError("odd")).join()
+        gevent.monkey.get_original("_thread", "start_new_thread")(fails, (ValueError("very odd"),))
+    wait_until(lambda: len(logged()) > 1)
+    assert logged() == ["unexpected: odd", "unexpected: very odd"]
+
+
 @pytest.mark.parametrize("is_new", [True, False])
 def test_a_lock_that_was_removed_is_taken_again(spool, status, logged, is_new):
     spooler = spooler_of(spool, status)

@@ -198,7 +198,7 @@ def begin_again(busy, decide, calls):
     busy.daemon.stop()
     busy.renames = False  # who has a mail that is renamed while no daemon looks is not known
     busy.start(decide=decide, calls=calls, cold=True)
-    wait_for(lambda: busy.daemon.started() or not busy.daemon.is_alive(), 5)
+    wait_for(lambda: busy.daemon.started() or not busy.daemon.is_alive())
 
 
 class Injector:

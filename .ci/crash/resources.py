@@ -75,7 +75,7 @@ def no_descriptors(busy):
     """Suddenly none is to be had; mails come all the same."""
     put_some_of_all(busy)
     busy.start()
-    wait_for(lambda: busy.relay.transactions, 5)
+    expect(lambda: busy.relay.transactions, "a transaction")
     with limited(busy, resource.RLIMIT_NOFILE, 8):
         put_many(busy, 30, 2)
         time.sleep(SHORTAGE_SECONDS)
@@ -86,7 +86,7 @@ def no_memory(busy):
     """Not one octet more than it has; mails come all the same, large ones among them."""
     put_some_of_all(busy)
     busy.start()
-    wait_for(lambda: busy.relay.transactions, 5)
+    expect(lambda: busy.relay.transactions, "a transaction")
     with limited(busy, resource.RLIMIT_AS, virtual_memory(busy.daemon.pid)):
         put_many(busy, 50, 5)
         put_many(busy, 5, 1, octets=1_000_000, prefix="large")
@@ -137,7 +137,7 @@ def closed_spool(busy):
     """The spool's mode is 0 for a while."""
     put_some_of_all(busy)
     busy.start(powerless=True)
-    wait_for(lambda: busy.relay.transactions, 5)
+    expect(lambda: busy.relay.transactions, "a transaction")
     wait_until_tried(busy)
     with closed(busy.spool):
         busy.clock.advance(MINUTE)  # what was deferred is tried
@@ -150,7 +150,7 @@ def closed_failed(busy):
     """The mode of .failed is 0 for a while: what was given up is not forgotten."""
     busy.put(make_mail("back", ["fine.back@x.example", "once.back@x.example"]))
     busy.start(powerless=True)
-    wait_for(lambda: busy.knows(".failed/back", "once.back@x.example", "given up"), 10)
+    expect(lambda: busy.knows(".failed/back", "once.back@x.example", "given up"), "a mail in .failed")
     with closed(busy.failed):
         time.sleep(2 * SHORTAGE_SECONDS)  # scans
         busy.put(make_mail("one", ["fine.one@x.example"]))  # so that the status is written
@@ -161,8 +161,9 @@ def closed_failed(busy):
 
 def closed_status(busy):
     """The directory of the status file is closed while somebody is given up."""
+    busy.put(make_mail("first", ["fine.first@x.example"]))
     busy.start(powerless=True)
-    wait_for(busy.daemon.started, 5)
+    expect(lambda: busy.relay.transactions, "a transaction, which comes after the status was read")
     with closed(busy.status_path.parent):
         put_some_of_all(busy)
         wait_until_tried(busy)
@@ -191,7 +192,7 @@ def stopped(busy):
     busy.put(make_mail("held", ["fine.held@x.example"]))
     busy.relay.hold("held")
     busy.start()
-    wait_for(lambda: busy.relay.is_held("held"), 10)
+    expect(lambda: busy.relay.is_held("held"), "the mail that the relay holds up")
     busy.daemon.signal("SIGSTOP")
     busy.relay.release("held")
     time.sleep(1)
@@ -210,7 +211,7 @@ def flood(busy):
     busy.flags[busy.flags.index("-rate") :] = ["-concurrency", 50]
     busy.relay.offers = ("PIPELINING", "CHUNKING")
     busy.start()
-    wait_for(busy.daemon.started, 5)
+    expect(busy.daemon.started, "a start")
     put_many(busy, count, 1)
     finish(busy, seconds=count / 500 + 20)
 
@@ -355,7 +356,13 @@ def put_many(busy, count, each, octets=300, prefix="many"):
 def wait_until_tried(busy):
     """Until the relay has been asked for everybody."""
     everybody = [(mail.name, address) for mail in busy.mails.values() for address in mail.recipients]
-    wait_for(lambda: all(busy.has(*one) for one in everybody), 10, 0.05)
+    expect(lambda: all(busy.has(*one) for one in everybody), "the relay to be asked for everybody", 0.05)
+
+
+def expect(condition, what, pause=0.004):
+    """What a case builds on, however long that takes when others want the processors, too. Raises Failure."""
+    if not wait_for(condition, pause=pause):
+        raise Failure(f"still waiting for {what}")
 
 
 def finish(busy, seconds=HEALING_SECONDS):
