@@ -4043,21 +4043,25 @@ def ago(seconds):
     return f"{max(0, seconds):.0f}s"
 
 
-# What differs between errors that mean the same: addresses, numbers in brackets, names of queue files.
+# What differs between errors that mean the same: what is in brackets, addresses, names of queue files.
+BRACKETED = re.compile(r"<[^<>]*>")
 PARTICULAR = re.compile(
-    r"<[^<>]*>|[^<>(),:;]+@[^<>(),:;]+|(?<![\w.-])(?:(?=[A-F]*\d)(?=\d*[A-F])[0-9A-F]{3,}"
+    r"[^<>(),:;]+@[^<>(),:;]+|(?<![\w.-])(?:(?=[A-F]*\d)(?=\d*[A-F])[0-9A-F]{3,}"
     r"|(?=[A-Za-z-]*\d[A-Za-z-]*\d)[\w-]{8,}(?:\.\d+)?)(?![\w-]|\.\w)"
 )
 
 
 def alike(error):
     """An error less what is particular to it."""
-    return " ".join(filter(None, map(general, error[:500].split()))).replace(" :", ":").strip(" :")
+    return general(BRACKETED.sub("", error[:500]))
 
 
-@functools.lru_cache(maxsize=10_000)  # relays have few words
-def general(word):
-    return PARTICULAR.sub("", word)
+@functools.lru_cache(maxsize=10_000)  # most errors differ only by what is in brackets
+def general(text):
+    return " ".join(filter(None, map(general_word, text.split()))).replace(" :", ":").strip(" :")
+
+
+general_word = functools.lru_cache(maxsize=10_000)(functools.partial(PARTICULAR.sub, ""))
 
 
 class Tally:

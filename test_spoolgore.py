@@ -3994,6 +3994,7 @@ def test_what_was_sent_yesterday_was_not_sent_today():
         (["451 4.3.0 4F1: queue error", "451 4.3.0 4F1A2B3C4D: queue error"], "451 4.3.0: queue error"),
         (["451 id 1a2B3c-000abc-XY in use", "451 id 1zzB3c-000abd-AB in use"], "451 id in use"),
         (["421 try <12>", "421 try <977>"], "421 try"),
+        (["550 <A B@x.org> unknown", "550 <C D@x.org> unknown"], "550 unknown"),
         (["421 4.7.0 no a640c23a62f3a-b7cd12si56.123 - gsmtp", "421 4.7.0 no a640c23ad-b1si99990.9 - gsmtp"], "421 4.7.0 no - gsmtp"),
         (["[::1]:2525: Connection refused"], "[::1]:2525: Connection refused"),
         (["550 5.7.26 mx1-out.example.org needs TLSv1.2"], "550 5.7.26 mx1-out.example.org needs TLSv1.2"),
