@@ -505,6 +505,8 @@ def check_words(found):
     if found["check"] and found["smtpaddr"] == "-":
         raise bad_value("smtpaddr", "-", "there is no relay for -check")
     check_user(found, "checkto", "check")
+    if found["format"] != "text":
+        check_user(found, "format", "status")
     if found["checkto"]:
         check_address("checkto", found["checkto"])
 

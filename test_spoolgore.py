@@ -746,7 +746,6 @@ FLAG_VALUES = [  # flag, its text, the option that it gives
     ("smtpmd5password", "--x", "--x"),
     ("smtppasswordcommand", "cat /run/token | head -1", "cat /run/token | head -1"),
     ("older", "90s", 90),
-    ("format", "json", "json"),
     ("tls", "starttls", "starttls"),
     ("tlsca", "ca.pem", "ca.pem"),
     ("tlscert", "client.pem", "client.pem"),
@@ -853,7 +852,7 @@ def test_each_flag_of_the_usage_text_is_an_option():
     assert {*flags, "directory", "names"} == {*spoolgore.Options._fields, "help", "version"}
     switches = {"fail5xx", "once", "status", "flush", "check", "help", "version"}
     assert {name for name, value in flags.items() if not value} == switches
-    others = {"smtpauth", "checkto"}  # each needs another flag
+    others = {"smtpauth", "checkto", "format"}  # each needs another flag
     assert {flag for flag, _, _ in FLAG_VALUES} == {name for name, value in flags.items() if value} - others
 
 
@@ -867,6 +866,7 @@ def test_each_flag_of_the_usage_text_is_an_option():
         (["-json", "--", "-once"], {"json": "--", "once": True}),
         (["-smtpauth", "xoauth2", "-smtpuser", "app"], {"smtpauth": "xoauth2", "smtpuser": "app"}),
         (["-smtpauth=cram-md5", "-smtpmd5user=app"], {"smtpauth": "cram-md5", "smtpmd5user": "app"}),
+        (["-status", "-format", "json"], {"status": True, "format": "json"}),
         (["-smtpaddr", "-"], {"smtpaddr": []}),
         (["-smtpaddr", "mx"], {"smtpaddr": [("mx", 25)]}),
         (["-smtpaddr", "mx", "-tls", "smtps"], {"smtpaddr": [("mx", 465)], "tls": "smtps"}),
@@ -904,6 +904,7 @@ BAD_VALUES = {
     ],
     "http": ["unix:", "::1", "1:0", "a b", "a:1,b:2", "http://a:1", "1:99999", "8025"],
     "checkto": ["root", "a@x.org"],  # the last one without -check
+    "format": ["xml", "", "JSON", "json"],  # the last one without -status
 }
 
 
