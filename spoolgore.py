@@ -1803,8 +1803,8 @@ class Status:
         saved.set()
 
     def _packed(self):
-        entries = [(mail.path, mail.entry) for mail in self.queue.mails.values() if mail.entry is not None]
-        return [pack(path, entry) if isinstance(entry, dict) else entry for path, entry in entries]
+        known = [mail for mail in self.queue.mails.values() if mail.entry is not None]
+        return [pack(mail.path, mail.entry) if isinstance(mail.entry, dict) else mail.entry for mail in known]
 
     def _complain(self, reason):
         if self.complaint != reason:
