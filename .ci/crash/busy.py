@@ -59,7 +59,8 @@ class Busy:
     def failcommand(self):
         """A shell command that keeps what it is told, and what there is then in .failed and in the status file."""
         told = f"{self.home}/told.$$"
-        return f"ls {self.failed} > {told}.failed; cp {self.status_path} {told}.status; cat > {told}"
+        look = f"ls {self.failed} > {told}.failed; cp {self.status_path} {told}.status"
+        return f"{{ {look}; }} 2> {told}.errors; cat > {told}"
 
     def close(self):
         if self.daemon:
@@ -331,8 +332,9 @@ class Busy:
         times = collections.Counter()
         for told in self.told():
             text, there = told.read_text(), Path(f"{told}.failed").read_text().split()
+            is_disk_gone = "Input/output error" in Path(f"{told}.errors").read_text()
             for name, address in GIVEN_UP:
-                if address not in text:
+                if address not in text or is_disk_gone:
                     continue
                 times[name] += 1
                 entry = read_status(f"{told}.status").get(self.path_in_failed(name), {})
