@@ -2241,7 +2241,7 @@ class Spool:
         self.status_path = self._here(absolute(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self.owners = None  # whose state files are to be trusted, as in distrust()
         self._lock = self._home = self._lock_id = None
-        self.last_facts = {}
+        self.published = None  # what publish() let others know last
 
     def _here(self, path):
         """The path by the name that the spool was given, if it leads there by another."""
@@ -2339,7 +2339,8 @@ class Spool:
                     yield user
 
     def lock(self):
-        """Make this process the only one that sends from here. Raises Locked, Untrusted, OSError."""
+        """Make this process the only one that sends from here. Returns the facts of the daemon before us. Raises
+        Locked, Untrusted, OSError."""
         path, previous = self.path(".spoolgore.lock"), self._lock
         with naming_owner(path):
             handle = open_state(path, os.O_RDWR | os.O_CREAT, self.owners)
@@ -2352,8 +2353,9 @@ class Spool:
             status = os.fstat(handle)
             self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
             os.lseek(handle, 0, os.SEEK_SET)
-            self.last_facts = facts_in(os.read(handle, CHUNK))[1]  # of the daemon before us
+            before = facts_in(os.read(handle, CHUNK))[1]
         self.publish({})
+        return before
 
     def _take(self, handle, path):
         """Raises Locked, OSError; then the handle is closed."""
@@ -2370,6 +2372,7 @@ class Spool:
 
     def publish(self, facts):
         """Let owner() know, in ``key: value`` lines below the pid; an empty line ends them while they are written."""
+        self.published = facts
         lines = [str(os.getpid()), *(f"{key}: {one_line(value)}" for key, value in facts.items()), "", ""]
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(self._lock, write_at(self._lock, "\n".join(lines), 0))
@@ -3606,9 +3609,9 @@ class Relay:
         self.on_news()
 
     def fact(self):
-        """How it is, as data."""
-        again, reason = self.down and format_time(self.again), self.down.removeprefix(f"{self.name}: ")
-        return {"address": self.name, "state": "down" if self.down else "up", "again": again, "reason": reason}
+        """How it is, as text, which relays_of() reads."""
+        reason = self.down.removeprefix(f"{self.name}: ")
+        return f"down, tried again {format_time(self.again)}, {reason}" if self.down else "up"
 
 
 def probe_delay(failures, login_refused):
@@ -4080,23 +4083,16 @@ class Tally:
             yield from some
 
 
-def fact_text(relay):
-    """Relay.fact() for the lock file."""
-    return f"{relay['state']}, tried again {relay['again']}, {relay['reason']}" if relay["again"] else relay["state"]
-
-
 def relays_of(facts):
-    """A fact_text() in the facts of a daemon, for each relay, as data again."""
+    """Each Relay.fact() in the facts of a daemon, as a dict."""
     for key, value in facts.items():
         if key.startswith("relay "):
             state, again, reason = [*value.split(", ", 2), "", ""][:3]
-            again = again.replace("tried again ", "", 1)
-            yield {"address": key[6:], "state": state, "again": again, "reason": reason}
+            yield {"address": key[6:], "state": state, "again": again.removeprefix("tried again "), "reason": reason}
 
 
-def summary_of(tally, facts, now, older=math.inf, relays=None):
-    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds; relays: the
-    fact() of each, if they are at hand."""
+def summary_of(tally, facts, now, older=math.inf):
+    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds."""
     facts, oldest = facts or {}, tally.oldest
     state = "not running" if not facts else "suspended" if facts.get("suspended") == "yes" else "running"
     is_today = facts.get("today") == time.strftime("%Y-%m-%d", time.localtime(now))
@@ -4104,7 +4100,7 @@ def summary_of(tally, facts, now, older=math.inf, relays=None):
         "daemon": state,
         **{key: facts.get(key) for key in ("version", "since")},
         "pid": int_or_zero(facts.get("pid")),
-        "relays": [*relays_of(facts)] if relays is None else relays,
+        "relays": [*relays_of(facts)],
         "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
         "sent": int_or_zero(facts.get("sent")),
         "next_turn": facts.get("next turn"),
@@ -4323,6 +4319,43 @@ class Progress:
         return self.past[-1][0] + self.interval if self.past else math.inf
 
 
+class Facts:
+    """What nobody knows but the running daemon. -status reads it in the lock file, and the page asks for it."""
+
+    def __init__(self, spooler):
+        self.spooler, self.since = spooler, format_time(spooler.clock())
+        self.totals = {"sent": 0, "deferred": 0, "given up": 0}  # recipients, since the start
+        self.today, self.sent_before = time.strftime("%Y-%m-%d"), 0  # of the total, what was sent before today
+        self.next_look = 0.0  # when they may be published again (monotonic); 0 for as soon as something happens
+
+    def go_on_counting(self, before):
+        """before: the facts of the daemon that was here before."""
+        if before.get("today") == self.today:
+            self.sent_before = -int_or_zero(before.get("sent today"))
+
+    def now(self):
+        """A dict of texts; moments are RFC 3339."""
+        spooler, today, sent = self.spooler, time.strftime("%Y-%m-%d"), self.totals["sent"]
+        if today != self.today:
+            self.today, self.sent_before = today, sent
+        facts = {"version": VERSION, "since": self.since, "suspended": "yes" if spooler.suspended else "no"}
+        facts.update((f"relay {relay.name}", relay.fact()) for relay in spooler.relay.relays)
+        facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
+        if complaint := spooler.status.complaint:
+            facts["trouble"] = f"the status file cannot be written: {complaint}"
+        if turn := spooler.turn():
+            facts["next turn"] = format_time(spooler.turnstile.clock() + turn)
+        return facts
+
+    def publish(self):
+        """Let -status know them, if they have changed; then not for a while."""
+        facts, spool = self.now(), self.spooler.spool
+        is_news = facts != spool.published
+        self.next_look = time.monotonic() + FACTS_SECONDS if is_news else 0.0
+        if is_news:
+            spool.publish(facts)
+
+
 class ServiceManager:
     """Tells systemd how the daemon is doing (sd_notify(3)), if it listens.
 
@@ -4500,7 +4533,7 @@ class Page:
         while True:
             end += 60
             gevent.sleep(max(0, end - time.monotonic()))
-            self.marks.append(tuple(self.spooler.tally.values()))
+            self.marks.append(tuple(self.spooler.facts.totals.values()))
 
     def __call__(self, environ, start_response):
         """The WSGI application."""
@@ -4540,8 +4573,7 @@ class Page:
             self._found = tally, heapq.nsmallest(PAGE_ROWS, tally.passing(self.lines(now)))
             self._good_until = began + 21 * (time.monotonic() - began)
         tally, lines = self._found
-        relays = [relay.fact() for relay in spooler.relay.relays]
-        return summary_of(tally, spooler.facts(), now, spooler.options.older, relays), lines
+        return summary_of(tally, spooler.facts.now(), now, spooler.options.older), lines
 
     def lines(self, now):
         """A Line for each mail, also for what lies in .failed and is not known."""
@@ -4569,7 +4601,7 @@ class Page:
             ("oldest_wait_seconds", "For how long the oldest mail has been waiting.", [({}, wait)]),
             ("suspended", "Whether it is suspended.", [({}, int(spooler.suspended))]),
         ]
-        for kind, count in spooler.tally.items():
+        for kind, count in spooler.facts.totals.items():
             families.append((f"recipients_{kind.replace(' ', '_')}_total", f"Recipients {kind}.", [({}, count)]))
         for name, (about, value) in RELAY_FIGURES.items():
             families.append((name, about, [({"relay": each.name}, value(each)) for each in spooler.relay.relays]))
@@ -4584,7 +4616,7 @@ class Page:
             "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
             "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in summary["mails"].items()],
             "Relays": [html_relay(relay, now) for relay in summary["relays"]],
-            "The last 60 minutes": [chart(spooler.tally, [*self.marks, tuple(spooler.tally.values())])],
+            "The last 60 minutes": [chart(spooler.facts.totals, [*self.marks, tuple(spooler.facts.totals.values())])],
             "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in [*summary["errors"].items()][:10]],
             f"The first {PAGE_ROWS} mails": [*rows, "</table>"],
         }
@@ -4592,7 +4624,7 @@ class Page:
             "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=10>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<title>{'! ' if troubles else ''}Spoolgore: {where}</title><style>{STYLE}</style>"
-            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.started[:19]}Z",
+            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.facts.since[:19]}Z",
             *[f"<h2>{each}</h2><div class='{each}'>{''.join(sections[each]) or 'None'}</div>" for each in sections],
         ])  # fmt: skip
 
@@ -5025,7 +5057,7 @@ class Delivery:
         if verdict is Verdict.DELIVERED:
             move(recipient, DELIVERED)
             mail.news = self.spooler.queue.epoch
-            self.spooler.tally["sent"] += 1
+            self.spooler.facts.totals["sent"] += 1
             log(f"{self.path} successfully sent to {recipient['Address']}{text and ': '}{text}")
         elif verdict is Verdict.AGAIN:
             move(recipient, WAITING, text)
@@ -5035,13 +5067,13 @@ class Delivery:
             self.give_up(recipient, text, "permanent SMTP error")
         else:
             deferred(recipient, text, self.spooler.clock())
-            self.spooler.tally["deferred"] += 1
+            self.spooler.facts.totals["deferred"] += 1
             say_error(self.path, recipient)
         return verdict is Verdict.AGAIN
 
     def give_up(self, recipient, text, reason):
         gave_up(recipient, text)
-        self.spooler.tally["given up"] += 1
+        self.spooler.facts.totals["given up"] += 1
         self.mail.news = self.spooler.queue.epoch
         say_error(self.path, recipient)
         log(f"{self.path} {reason} for {recipient['Address']} ... giving up")
@@ -5376,6 +5408,7 @@ class Spooler:
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
         self.lookout, self.fail_command, self.page = Lookout(self), FailCommand(self, os.environ), Page(self)
+        self.facts = Facts(self)
         self.manager = ServiceManager({})
         self.progress, self.show_progress = Progress(10), log
         self.pool = gevent.pool.Pool(options.concurrency)
@@ -5389,9 +5422,6 @@ class Spooler:
         self.offset = clock() - time.monotonic()
         self.once_until = clock() + 5 * QUIET_SECONDS  # -once waits for files that are being written, but not for ever
         self.sent = 0
-        self.tally = {"sent": 0, "deferred": 0, "given up": 0}  # recipients, since the start
-        self.started, self.today, self.sent_before = format_time(clock()), time.strftime("%Y-%m-%d"), 0
-        self.published, self.next_facts = None, 0.0
         self.suspended = self.stopping = False
         self.exit_status = EX_OK
 
@@ -5511,7 +5541,7 @@ class Spooler:
     def idle_seconds(self):
         """How long nothing needs doing; None: until something happens."""
         now, ticks = self.clock(), time.monotonic()
-        pauses = [self.manager.next_sign - ticks, (self.next_facts or math.inf) - ticks]
+        pauses = [self.manager.next_sign - ticks, (self.facts.next_look or math.inf) - ticks]
         if not self.suspended:
             scan = math.inf if self.options.once else self.next_scan
             pauses += [min(self.progress.next_word(), self.queue.next_due(), scan) - now, self.turn() or math.inf]
@@ -5527,39 +5557,8 @@ class Spooler:
         if text := self.progress.line(self.clock(), counts[IN_LINE], counts[FLYING], self.sent, turn):
             self.show_progress(text)
         self.manager.sign_of_life(time.monotonic())
-        if time.monotonic() >= self.next_facts:
-            self.publish()
-
-    def facts(self):
-        """What nobody knows but the running daemon: a dict of texts; moments are RFC 3339."""
-        today, sent = time.strftime("%Y-%m-%d"), self.tally["sent"]
-        if today != self.today:
-            self.today, self.sent_before = today, sent
-        facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
-        facts.update((f"relay {relay.name}", fact_text(relay.fact())) for relay in self.relay.relays)
-        facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
-        if trouble := self.trouble():
-            facts["trouble"] = trouble
-        if turn := self.turn():
-            facts["next turn"] = format_time(self.turnstile.clock() + turn)
-        return facts
-
-    def go_on_counting(self, before):
-        """before: the facts of the daemon that was here before."""
-        if before.get("today") == self.today:
-            self.sent_before = -int_or_zero(before.get("sent today"))
-
-    def trouble(self):
-        """What keeps the status from being known; empty if nothing does."""
-        return self.status.complaint and f"the status file cannot be written: {self.status.complaint}"
-
-    def publish(self):
-        """Let -status know the facts, if they have changed; then not for a while."""
-        facts, before = self.facts(), self.published
-        self.next_facts = time.monotonic() + FACTS_SECONDS if facts != before else 0.0
-        if facts != before:
-            self.published = facts
-            self.spool.publish(facts)
+        if time.monotonic() >= self.facts.next_look:
+            self.facts.publish()
 
     def condition(self):
         """One line for the service manager."""
@@ -5578,7 +5577,7 @@ class Spooler:
             self.take_edit(is_last=True)
             self.status.thaw()
         self.status.save()
-        self.publish()
+        self.facts.publish()
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
@@ -5678,7 +5677,6 @@ class Spooler:
         status file counts; else only the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
-        self.published = None
         if watch := self.keepers.pop("watch", None):
             watch.kill()
         if same:
@@ -5783,15 +5781,14 @@ def serve(options):
     spooler = Spooler(options, spool, queue, status, turnstile)
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
-    spool.lock()
-    spooler.go_on_counting(spool.last_facts)
+    spooler.facts.go_on_counting(spool.lock())
     if options.http:
         spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
     catch_unexpected(spooler)
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
-    spooler.publish()
+    spooler.facts.publish()
     load_status(status, is_named=bool(options.json))
     turnstile.load()
     gc.freeze()  # what is there now stays: the collector need not look at it again
