@@ -1085,6 +1085,7 @@ FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 ADDRESS = operator.itemgetter("Address")
 CHANGED = "changed"  # an entry's Stat that may be another mail's
+TOO_DEEP = "nested too deeply"  # in place of an entry that Python's JSON refuses
 LONGEST_DELAY = 1800  # seconds
 MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
@@ -1259,7 +1260,7 @@ def interrupted(envelope, error=""):
 def envelope_problem(envelope):
     """What is wrong with an entry that was read from a file that people edit; empty when nothing is."""
     if not isinstance(envelope, dict):
-        return "not an object"
+        return TOO_DEEP if envelope == TOO_DEEP else "not an object"
     for key in FIELDS:
         some = envelope.get(key) or []
         if not isinstance(some, list):
@@ -1582,7 +1583,10 @@ def packed_value(value):
 
 
 def unpack(packed):
-    return next(iter(json.loads(b"{" + packed + b"}").values()))
+    try:
+        return next(iter(json.loads(b"{" + packed + b"}").values()))
+    except RecursionError:  # who read the file had more room on the stack
+        return TOO_DEEP
 
 
 def plain_pattern():

@@ -7818,6 +7818,18 @@ def test_a_number_with_too_many_digits_harms_its_own_mail_only(spool, relay, run
     assert names(spool) == ["endless"] and "9" * 5000 in path.read_text() and list(daemon.status()) == ["endless"]
 
 
+def test_an_entry_that_is_nested_too_deeply_holds_its_mail(spool, status, logged):
+    """Who read the file could just parse it; its delivery, which has less of the stack left, cannot."""
+    put(spool, "m1", mail("a@x.org"))
+    spooler, path, deep = spooler_of(spool, status), spool / "m1", b"[" * 200_000 + b"]" * 200_000
+    kept = spooler.queue.add(str(path)).entry = b"\t" + json.dumps(str(path)).encode() + b": " + deep
+    handle(spooler, "m1")
+    assert logged() == [f"{path} is held, its entry in the status file is malformed: nested too deeply"]
+    assert state_in(spooler, "m1") == spoolgore.STUCK and spooler.queue.mails[str(path)].entry == kept
+    status.save()
+    assert Path(status.path).read_bytes() == b"{\n" + kept + b"\n}\n"
+
+
 def test_an_outcome_is_kept_whatever_another_one_s_leads_to(spool, status, monkeypatch, logged):
     def fails(recipient, error, now):
         raise OverflowError("made up \x1b[31m")
