@@ -3653,21 +3653,12 @@ class Relays:
             return outcomes
         raise RelayDown(self.down or "the relays are unavailable")
 
-    def tend(self):
+    def _each(self, does):
         for relay in self.relays:
-            relay.tend()
+            does(relay)
 
-    def poke(self):
-        for relay in self.relays:
-            relay.poke()
-
-    def retire(self):
-        for relay in self.relays:
-            relay.retire()
-
-    def close(self):
-        for relay in self.relays:
-            relay.close()
+    tend, poke = functools.partialmethod(_each, Relay.tend), functools.partialmethod(_each, Relay.poke)
+    retire, close = functools.partialmethod(_each, Relay.retire), functools.partialmethod(_each, Relay.close)
 
 
 def check(options, environ, say):
