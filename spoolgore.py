@@ -330,11 +330,6 @@ def flags(doc):
     return {name: bool(value) for name, value in lines}
 
 
-def docopt_text(doc):
-    """The usage text with Go's ``-name`` spelt ``--name``, as docopt reads it."""
-    return re.sub(r"(?<![\w-])-(\w{2,})", r"--\1", doc)
-
-
 def docopt_argv(argv, takes_value):
     """Arguments in any of Go's spellings as ``--name=value``, the directory last.
 
@@ -466,7 +461,8 @@ def parse_options(argv, doc=None):
     if len(directories) > 1 and "--status" not in words:
         raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
-    found = docopt.docopt(docopt_text(doc), words, False)
+    doc = re.sub(r"(?<![\w-])-(\w{2,})", r"--\1", doc)  # docopt reads --name, which Go spells -name
+    found = docopt.docopt(doc, words, False)
     options = typed({name.lstrip("-"): "" if value is None else value for name, value in found.items()})
     if not (options.directory or options.check):
         raise SystemExit(complain("please specify a spool directory"))
@@ -2199,16 +2195,12 @@ def whose(path):
     """(path, whom it belongs to), for an error; of the directory, if the file is not there or not to be seen."""
     for shown in (path, os.path.dirname(path)):
         with contextlib.suppress(OSError):
-            return shown, f" (it belongs to {owner_of(shown)})"
+            return shown, f" (it belongs to {user_name(os.lstat(shown).st_uid)})"
     return shown, ""
 
 
-def owner_of(path):
-    """The name of a file's owner, else his number."""
-    return user_name(os.lstat(path).st_uid)
-
-
 def user_name(uid):
+    """The name of a user, else his number."""
     with contextlib.suppress(ImportError, KeyError):
         import pwd  # not on Windows
 
