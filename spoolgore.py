@@ -3892,6 +3892,8 @@ def steady_clock():
 TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable", "held")
 PATIENT = KINDS[:4]  # the kinds that wait to be sent
+FOREMOST = ("in flight", "deferred", "waiting", "given up", "unusable")  # the kind of one counts for all
+NO_LAYOUT = str.maketrans("", "", "\n\t")
 NOBODY = {"Address": "", "Attempts": 0, "Error": ""}
 MOST_ERRORS = 1000  # that are told from each other
 SPEED_SECONDS = 10  # mails a second are those of this time
@@ -4007,10 +4009,6 @@ def plain_line(path, values, mtime, whole):
     since = minute_of(since) + float(and_second) or mtime(path)
     entry = packed[len(name) + 5 :].translate(NO_LAYOUT) if whole else "null"  # less a tab, two quotes, colon, space
     return Line(due, kind, path, since, address_in(sender), address, attempts, error, entry)
-
-
-NO_LAYOUT = str.maketrans("", "", "\n\t")
-FOREMOST = ("in flight", "deferred", "waiting", "given up", "unusable")  # the kind of one counts for all
 
 
 def kind_of(status, attempts, error):
@@ -4152,11 +4150,11 @@ def waits_for(summary):
     return "rate" if summary["next_turn"] else "now"
 
 
-def table(lines, now, waits_for="now"):
-    """Rows of text; the first is the heading."""
+def table(lines, now, when_due="now"):
+    """Rows of text; the first is the heading. when_due: what waits_for() a mail that is due."""
     yield TITLES
     for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
-        is_now = "now" if kind == "in flight" else waits_for
+        is_now = "now" if kind == "in flight" else when_due
         wait = "-" if due == math.inf else ago(int(due - now)) if due > now else is_now
         name = path.rpartition(os.sep)[2]
         sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known; a bounce's is <>
