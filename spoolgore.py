@@ -5653,6 +5653,8 @@ class Spooler:
         self.keep("watch", self.lookout.watch)
         self.relay.tend()
         self.rescue()
+        hour_ago = time.monotonic() - SAY_AGAIN_SECONDS  # what is older would be said again, if its mail is still here
+        self.said = {subject: (text, when) for subject, (text, when) in self.said.items() if when >= hour_ago}
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
         self.manager.tell(f"READY=1\nSTATUS={one_line(self.condition())}")

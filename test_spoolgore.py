@@ -6676,6 +6676,16 @@ def test_a_file_that_names_others_than_its_entry_is_said_until_it_goes(spool, st
     assert spooler.said == {} and status.queue.mails == {}
 
 
+def test_what_was_said_of_mails_that_are_gone_is_not_kept_for_ever(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status)
+    spooler.say(f"remove {spool}/m1", "unable to remove it")
+    spooler.scan()
+    assert list(spooler.said) == [f"remove {spool}/m1"]
+    monkeypatch.setattr(spoolgore, "SAY_AGAIN_SECONDS", -1)
+    spooler.scan()
+    assert spooler.said == {}
+
+
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("no stack")])
 def test_no_memory_for_a_greenlet_leaves_its_mail_waiting(spool, status, monkeypatch, error):
     spooler = spooler_of(spool, status)
