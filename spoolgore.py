@@ -2537,6 +2537,8 @@ BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
 NO_BDAT = (500, 502, 503, 504)  # what a relay says that does not know this command, whatever it offers
 NO_MECHANISM = (500, 502, 504)
 EXTENSIONS = ("CHUNKING", "PIPELINING")
+IS_OK = operator.attrgetter("ok")  # of a reply
+OURS_ALONE = ("SPOOLGORE_", "NOTIFY_SOCKET", "WATCHDOG_")  # how the variables begin that no command of ours gets
 # What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
 # may still act on what it was sent.
 GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -2614,9 +2616,6 @@ def readable(data):
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
-
-
-IS_OK = operator.attrgetter("ok")
 
 
 def octets_of(text):
@@ -3308,9 +3307,6 @@ class Security:
         return self._output
 
 
-OURS_ALONE = ("SPOOLGORE_", "NOTIFY_SOCKET", "WATCHDOG_")
-
-
 def environment_of_commands(environ):
     """What a command that we run finds in its environment: ours without what is ours alone."""
     return {name: value for name, value in environ.items() if not name.startswith(OURS_ALONE)}
@@ -3741,7 +3737,7 @@ class Rate:
     def __init__(self, limits):
         self.windows = [Window(count, seconds) for count, seconds in limits]
         self.in_flight = 0
-        self.most = min((count for count, _ in limits), default=RECIPIENTS_PER_TRANSACTION)
+        self.most = min([RECIPIENTS_PER_TRANSACTION, *(count for count, _ in limits)])  # recipients of one transaction
 
     def room(self, now):
         """How many recipients may begin now."""
@@ -4273,10 +4269,11 @@ def ask_to_flush(options, stream):
 
 
 class Progress:
-    """Tells now and then how far the queue is, if it takes more than a few seconds. Pure: now is passed in."""
+    """Tells now and then how far the queue is, if it takes more than a few seconds. Pure: now is passed in.
+    interval: seconds; show: what its texts go to."""
 
-    def __init__(self, interval):
-        self.interval = interval
+    def __init__(self, interval, show=log):
+        self.interval, self.show = interval, show
         self.past = deque()  # (when, mails sent by then): the start of the work, then each text of the last ten seconds
 
     def line(self, now, waiting, in_flight, sent, turn=0):
@@ -4981,7 +4978,7 @@ class Delivery:
 
     def transact_all(self, asked):
         """Transactions until nobody is due; addresses that are no good are given up. Raises RelayDown, OutOfTurn."""
-        spooler, most, due = self.spooler, self.spooler.most, []
+        spooler, most, due = self.spooler, self.spooler.turnstile.rate.most, []
         for recipient in asked:
             if problem := address_problem(recipient["Address"]):
                 move(recipient, IN_FLIGHT, recipient["Error"])
@@ -5394,10 +5391,8 @@ class Spooler:
         self.relay = None  # what sends; set before run()
         self.lookout, self.fail_command, self.page = Lookout(self), FailCommand(self, os.environ), Page(self)
         self.facts = Facts(self)
-        self.manager = ServiceManager({})
-        self.progress, self.show_progress = Progress(10), log
+        self.manager, self.progress = ServiceManager({}), Progress(10)
         self.pool = gevent.pool.Pool(options.concurrency)
-        self.most = min(RECIPIENTS_PER_TRANSACTION, turnstile.rate.most)  # recipients of one transaction
         self.wake = gevent.event.Event()
         status.on_news = self.wake.set
         self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
@@ -5540,7 +5535,7 @@ class Spooler:
         elif not counts[IN_LINE]:
             self.said.pop("rate", None)
         if text := self.progress.line(self.clock(), counts[IN_LINE], counts[FLYING], self.sent, turn):
-            self.show_progress(text)
+            self.progress.show(text)
         self.manager.sign_of_life(time.monotonic())
         if time.monotonic() >= self.facts.next_look:
             self.facts.publish()
@@ -5814,7 +5809,7 @@ def load_status(status, is_named):
 def show_progress(spooler):
     """As a line of the terminal that is redrawn, not as lines of the log."""
     log.show("")
-    spooler.progress, spooler.show_progress = Progress(0.5), log.show
+    spooler.progress = Progress(0.5, log.show)
 
 
 def main(argv):
