@@ -330,11 +330,6 @@ def flags(doc):
     return {name: bool(value) for name, value in lines}
 
 
-def docopt_text(doc):
-    """The usage text with Go's ``-name`` spelt ``--name``, as docopt reads it."""
-    return re.sub(r"(?<![\w-])-(\w{2,})", r"--\1", doc)
-
-
 def docopt_argv(argv, takes_value):
     """Arguments in any of Go's spellings as ``--name=value``, the directory last.
 
@@ -466,7 +461,8 @@ def parse_options(argv, doc=None):
     if len(directories) > 1 and "--status" not in words:
         raise UsageError(f"one spool directory, not {len(directories)}: {' '.join(directories)}")
     words += [] if directories else [""]  # docopt is content then, and a wrong value is said first, as in the original
-    found = docopt.docopt(docopt_text(doc), words, False)
+    doc = re.sub(r"(?<![\w-])-(\w{2,})", r"--\1", doc)  # docopt reads --name, which Go spells -name
+    found = docopt.docopt(doc, words, False)
     options = typed({name.lstrip("-"): "" if value is None else value for name, value in found.items()})
     if not (options.directory or options.check):
         raise SystemExit(complain("please specify a spool directory"))
@@ -1087,6 +1083,7 @@ FIELDS = ("To", "Cc", "Bcc")
 TIME = re.compile(r"(\d{4}-\d\d-\d\dT(?!24)\d\d:\d\d:\d\d)(\.\d+)?(?:Z|([+-])(\d\d):(\d\d))")  # RFC 3339
 ADDRESS = operator.itemgetter("Address")
 CHANGED = "changed"  # an entry's Stat that may be another mail's
+TOO_DEEP = "nested too deeply"  # in place of an entry that Python's JSON refuses
 LONGEST_DELAY = 1800  # seconds
 MOST_ATTEMPTS = 10**9  # which is also the most that -attempts takes
 RECIPIENT_KEYS = {"Address": str, "Status": int, "Attempts": int, "NextAttempt": str, "Error": str}
@@ -1261,7 +1258,7 @@ def interrupted(envelope, error=""):
 def envelope_problem(envelope):
     """What is wrong with an entry that was read from a file that people edit; empty when nothing is."""
     if not isinstance(envelope, dict):
-        return "not an object"
+        return TOO_DEEP if envelope == TOO_DEEP else "not an object"
     for key in FIELDS:
         some = envelope.get(key) or []
         if not isinstance(some, list):
@@ -1584,7 +1581,10 @@ def packed_value(value):
 
 
 def unpack(packed):
-    return next(iter(json.loads(b"{" + packed + b"}").values()))
+    try:
+        return next(iter(json.loads(b"{" + packed + b"}").values()))
+    except RecursionError:  # who read the file had more room on the stack
+        return TOO_DEEP
 
 
 def plain_pattern():
@@ -2197,16 +2197,12 @@ def whose(path):
     """(path, whom it belongs to), for an error; of the directory, if the file is not there or not to be seen."""
     for shown in (path, os.path.dirname(path)):
         with contextlib.suppress(OSError):
-            return shown, f" (it belongs to {owner_of(shown)})"
+            return shown, f" (it belongs to {user_name(os.lstat(shown).st_uid)})"
     return shown, ""
 
 
-def owner_of(path):
-    """The name of a file's owner, else his number."""
-    return user_name(os.lstat(path).st_uid)
-
-
 def user_name(uid):
+    """The name of a user, else his number."""
     with contextlib.suppress(ImportError, KeyError):
         import pwd  # not on Windows
 
@@ -2243,7 +2239,7 @@ class Spool:
         self.status_path = self._here(absolute(status_path or os.path.join(self.directory, ".spoolgore.js")))
         self.owners = None  # whose state files are to be trusted, as in distrust()
         self._lock = self._home = self._lock_id = None
-        self.last_facts = {}
+        self.published = None  # what publish() let others know last
 
     def _here(self, path):
         """The path by the name that the spool was given, if it leads there by another."""
@@ -2341,7 +2337,8 @@ class Spool:
                     yield user
 
     def lock(self):
-        """Make this process the only one that sends from here. Raises Locked, Untrusted, OSError."""
+        """Make this process the only one that sends from here. Returns the facts of the daemon before us. Raises
+        Locked, Untrusted, OSError."""
         path, previous = self.path(".spoolgore.lock"), self._lock
         with naming_owner(path):
             handle = open_state(path, os.O_RDWR | os.O_CREAT, self.owners)
@@ -2354,8 +2351,9 @@ class Spool:
             status = os.fstat(handle)
             self._lock, self._lock_id, self._home = handle, (status.st_dev, status.st_ino), os.stat(self.directory)
             os.lseek(handle, 0, os.SEEK_SET)
-            self.last_facts = facts_in(os.read(handle, CHUNK))[1]  # of the daemon before us
+            before = facts_in(os.read(handle, CHUNK))[1]
         self.publish({})
+        return before
 
     def _take(self, handle, path):
         """Raises Locked, OSError; then the handle is closed."""
@@ -2372,6 +2370,7 @@ class Spool:
 
     def publish(self, facts):
         """Let owner() know, in ``key: value`` lines below the pid; an empty line ends them while they are written."""
+        self.published = facts
         lines = [str(os.getpid()), *(f"{key}: {one_line(value)}" for key, value in facts.items()), "", ""]
         with contextlib.suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(self._lock, write_at(self._lock, "\n".join(lines), 0))
@@ -2540,6 +2539,8 @@ BEGUN_REPLY = re.compile(rb"(?:[2-5]\d\d-[^\n]*\n)*[^\n]*")
 NO_BDAT = (500, 502, 503, 504)  # what a relay says that does not know this command, whatever it offers
 NO_MECHANISM = (500, 502, 504)
 EXTENSIONS = ("CHUNKING", "PIPELINING")
+IS_OK = operator.attrgetter("ok")  # of a reply
+OURS_ALONE = ("SPOOLGORE_", "NOTIFY_SOCKET", "WATCHDOG_")  # how the variables begin that no command of ours gets
 # What a connection raises that nobody is at the other end of. A relay that is silent, or talks nonsense, is there, and
 # may still act on what it was sent.
 GONE = (ConnectionError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
@@ -2617,9 +2618,6 @@ def readable(data):
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text).strip()
-
-
-IS_OK = operator.attrgetter("ok")
 
 
 def octets_of(text):
@@ -3311,9 +3309,6 @@ class Security:
         return self._output
 
 
-OURS_ALONE = ("SPOOLGORE_", "NOTIFY_SOCKET", "WATCHDOG_")
-
-
 def environment_of_commands(environ):
     """What a command that we run finds in its environment: ours without what is ours alone."""
     return {name: value for name, value in environ.items() if not name.startswith(OURS_ALONE)}
@@ -3608,9 +3603,9 @@ class Relay:
         self.on_news()
 
     def fact(self):
-        """How it is, as data."""
-        again, reason = self.down and format_time(self.again), self.down.removeprefix(f"{self.name}: ")
-        return {"address": self.name, "state": "down" if self.down else "up", "again": again, "reason": reason}
+        """How it is, as text, which relays_of() reads."""
+        reason = self.down.removeprefix(f"{self.name}: ")
+        return f"down, tried again {format_time(self.again)}, {reason}" if self.down else "up"
 
 
 def probe_delay(failures, login_refused):
@@ -3648,21 +3643,12 @@ class Relays:
             return outcomes
         raise RelayDown(self.down or "the relays are unavailable")
 
-    def tend(self):
+    def _each(self, does):
         for relay in self.relays:
-            relay.tend()
+            does(relay)
 
-    def poke(self):
-        for relay in self.relays:
-            relay.poke()
-
-    def retire(self):
-        for relay in self.relays:
-            relay.retire()
-
-    def close(self):
-        for relay in self.relays:
-            relay.close()
+    tend, poke = functools.partialmethod(_each, Relay.tend), functools.partialmethod(_each, Relay.poke)
+    retire, close = functools.partialmethod(_each, Relay.retire), functools.partialmethod(_each, Relay.close)
 
 
 def check(options, environ, say):
@@ -3753,7 +3739,7 @@ class Rate:
     def __init__(self, limits):
         self.windows = [Window(count, seconds) for count, seconds in limits]
         self.in_flight = 0
-        self.most = min((count for count, _ in limits), default=RECIPIENTS_PER_TRANSACTION)
+        self.most = min([RECIPIENTS_PER_TRANSACTION, *(count for count, _ in limits)])  # recipients of one transaction
 
     def room(self, now):
         """How many recipients may begin now."""
@@ -3904,6 +3890,8 @@ def steady_clock():
 TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", "ERROR")
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable", "held")
 PATIENT = KINDS[:4]  # the kinds that wait to be sent
+FOREMOST = ("in flight", "deferred", "waiting", "given up", "unusable")  # the kind of one counts for all
+NO_LAYOUT = str.maketrans("", "", "\n\t")
 NOBODY = {"Address": "", "Attempts": 0, "Error": ""}
 MOST_ERRORS = 1000  # that are told from each other
 SPEED_SECONDS = 10  # mails a second are those of this time
@@ -4021,10 +4009,6 @@ def plain_line(path, values, mtime, whole):
     return Line(due, kind, path, since, address_in(sender), address, attempts, error, entry)
 
 
-NO_LAYOUT = str.maketrans("", "", "\n\t")
-FOREMOST = ("in flight", "deferred", "waiting", "given up", "unusable")  # the kind of one counts for all
-
-
 def kind_of(status, attempts, error):
     """What a mail is called for one of its recipients. "unusable": it has it, and yet the file is still there."""
     if status == 2:
@@ -4086,23 +4070,16 @@ class Tally:
             yield from some
 
 
-def fact_text(relay):
-    """Relay.fact() for the lock file."""
-    return f"{relay['state']}, tried again {relay['again']}, {relay['reason']}" if relay["again"] else relay["state"]
-
-
 def relays_of(facts):
-    """A fact_text() in the facts of a daemon, for each relay, as data again."""
+    """Each Relay.fact() in the facts of a daemon, as a dict."""
     for key, value in facts.items():
         if key.startswith("relay "):
             state, again, reason = [*value.split(", ", 2), "", ""][:3]
-            again = again.replace("tried again ", "", 1)
-            yield {"address": key[6:], "state": state, "again": again, "reason": reason}
+            yield {"address": key[6:], "state": state, "again": again.removeprefix("tried again "), "reason": reason}
 
 
-def summary_of(tally, facts, now, older=math.inf, relays=None):
-    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds; relays: the
-    fact() of each, if they are at hand."""
+def summary_of(tally, facts, now, older=math.inf):
+    """What -status says above the table, as a dict. facts: the daemon's, None if none runs; older: seconds."""
     facts, oldest = facts or {}, tally.oldest
     state = "not running" if not facts else "suspended" if facts.get("suspended") == "yes" else "running"
     is_today = facts.get("today") == time.strftime("%Y-%m-%d", time.localtime(now))
@@ -4110,7 +4087,7 @@ def summary_of(tally, facts, now, older=math.inf, relays=None):
         "daemon": state,
         **{key: facts.get(key) for key in ("version", "since")},
         "pid": int_or_zero(facts.get("pid")),
-        "relays": [*relays_of(facts)] if relays is None else relays,
+        "relays": [*relays_of(facts)],
         "sent_today": int_or_zero(facts.get("sent today")) if is_today else 0,
         "sent": int_or_zero(facts.get("sent")),
         "next_turn": facts.get("next turn"),
@@ -4175,11 +4152,11 @@ def waits_for(summary):
     return "rate" if summary["next_turn"] else "now"
 
 
-def table(lines, now, waits_for="now"):
-    """Rows of text; the first is the heading."""
+def table(lines, now, when_due="now"):
+    """Rows of text; the first is the heading. when_due: what waits_for() a mail that is due."""
     yield TITLES
     for due, kind, path, since, sender, recipient, attempts, error, _ in lines:
-        is_now = "now" if kind == "in flight" else waits_for
+        is_now = "now" if kind == "in flight" else when_due
         wait = "-" if due == math.inf else ago(int(due - now)) if due > now else is_now
         name = path.rpartition(os.sep)[2]
         sender = sender or ("" if kind == "new" else "<>")  # a new mail's is not known; a bounce's is <>
@@ -4298,10 +4275,11 @@ def ask_to_flush(options, stream):
 
 
 class Progress:
-    """Tells now and then how far the queue is, if it takes more than a few seconds. Pure: now is passed in."""
+    """Tells now and then how far the queue is, if it takes more than a few seconds. Pure: now is passed in.
+    interval: seconds; show: what its texts go to."""
 
-    def __init__(self, interval):
-        self.interval = interval
+    def __init__(self, interval, show=log):
+        self.interval, self.show = interval, show
         self.past = deque()  # (when, mails sent by then): the start of the work, then each text of the last ten seconds
 
     def line(self, now, waiting, in_flight, sent, turn=0):
@@ -4327,6 +4305,43 @@ class Progress:
     def next_word(self):
         """The earliest time of the next text; infinity if there is no work."""
         return self.past[-1][0] + self.interval if self.past else math.inf
+
+
+class Facts:
+    """What nobody knows but the running daemon. -status reads it in the lock file, and the page asks for it."""
+
+    def __init__(self, spooler):
+        self.spooler, self.since = spooler, format_time(spooler.clock())
+        self.totals = {"sent": 0, "deferred": 0, "given up": 0}  # recipients, since the start
+        self.today, self.sent_before = time.strftime("%Y-%m-%d"), 0  # of the total, what was sent before today
+        self.next_look = 0.0  # when they may be published again (monotonic); 0 for as soon as something happens
+
+    def go_on_counting(self, before):
+        """before: the facts of the daemon that was here before."""
+        if before.get("today") == self.today:
+            self.sent_before = -int_or_zero(before.get("sent today"))
+
+    def now(self):
+        """A dict of texts; moments are RFC 3339."""
+        spooler, today, sent = self.spooler, time.strftime("%Y-%m-%d"), self.totals["sent"]
+        if today != self.today:
+            self.today, self.sent_before = today, sent
+        facts = {"version": VERSION, "since": self.since, "suspended": "yes" if spooler.suspended else "no"}
+        facts.update((f"relay {relay.name}", relay.fact()) for relay in spooler.relay.relays)
+        facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
+        if complaint := spooler.status.complaint:
+            facts["trouble"] = f"the status file cannot be written: {complaint}"
+        if turn := spooler.turn():
+            facts["next turn"] = format_time(spooler.turnstile.clock() + turn)
+        return facts
+
+    def publish(self):
+        """Let -status know them, if they have changed; then not for a while."""
+        facts, spool = self.now(), self.spooler.spool
+        is_news = facts != spool.published
+        self.next_look = time.monotonic() + FACTS_SECONDS if is_news else 0.0
+        if is_news:
+            spool.publish(facts)
 
 
 class ServiceManager:
@@ -4506,7 +4521,7 @@ class Page:
         while True:
             end += 60
             gevent.sleep(max(0, end - time.monotonic()))
-            self.marks.append(tuple(self.spooler.tally.values()))
+            self.marks.append(tuple(self.spooler.facts.totals.values()))
 
     def __call__(self, environ, start_response):
         """The WSGI application."""
@@ -4546,8 +4561,7 @@ class Page:
             self._found = tally, heapq.nsmallest(PAGE_ROWS, tally.passing(self.lines(now)))
             self._good_until = began + 21 * (time.monotonic() - began)
         tally, lines = self._found
-        relays = [relay.fact() for relay in spooler.relay.relays]
-        return summary_of(tally, spooler.facts(), now, spooler.options.older, relays), lines
+        return summary_of(tally, spooler.facts.now(), now, spooler.options.older), lines
 
     def lines(self, now):
         """A Line for each mail, also for what lies in .failed and is not known."""
@@ -4575,7 +4589,7 @@ class Page:
             ("oldest_wait_seconds", "For how long the oldest mail has been waiting.", [({}, wait)]),
             ("suspended", "Whether it is suspended.", [({}, int(spooler.suspended))]),
         ]
-        for kind, count in spooler.tally.items():
+        for kind, count in spooler.facts.totals.items():
             families.append((f"recipients_{kind.replace(' ', '_')}_total", f"Recipients {kind}.", [({}, count)]))
         for name, (about, value) in RELAY_FIGURES.items():
             families.append((name, about, [({"relay": each.name}, value(each)) for each in spooler.relay.relays]))
@@ -4590,7 +4604,7 @@ class Page:
             "": [f"<p class=bad>{shown_text(line)}" for line in troubles] or ["<p class=good>All is well"],
             "Mails": [f"<p><b>{count}</b>{kind}" for kind, count in summary["mails"].items()],
             "Relays": [html_relay(relay, now) for relay in summary["relays"]],
-            "The last 60 minutes": [chart(spooler.tally, [*self.marks, tuple(spooler.tally.values())])],
+            "The last 60 minutes": [chart(spooler.facts.totals, [*self.marks, tuple(spooler.facts.totals.values())])],
             "Errors": [f"<p>{count} x {shown_text(error)}" for error, count in [*summary["errors"].items()][:10]],
             f"The first {PAGE_ROWS} mails": [*rows, "</table>"],
         }
@@ -4598,7 +4612,7 @@ class Page:
             "<!doctype html><html lang=en><meta charset=utf-8><meta http-equiv=refresh content=10>"
             "<meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<title>{'! ' if troubles else ''}Spoolgore: {where}</title><style>{STYLE}</style>"
-            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.started[:19]}Z",
+            f"<h1>Spoolgore</h1><p class=dim>{VERSION} on {where}, since {spooler.facts.since[:19]}Z",
             *[f"<h2>{each}</h2><div class='{each}'>{''.join(sections[each]) or 'None'}</div>" for each in sections],
         ])  # fmt: skip
 
@@ -4970,7 +4984,7 @@ class Delivery:
 
     def transact_all(self, asked):
         """Transactions until nobody is due; addresses that are no good are given up. Raises RelayDown, OutOfTurn."""
-        spooler, most, due = self.spooler, self.spooler.most, []
+        spooler, most, due = self.spooler, self.spooler.turnstile.rate.most, []
         for recipient in asked:
             if problem := address_problem(recipient["Address"]):
                 move(recipient, IN_FLIGHT, recipient["Error"])
@@ -5031,7 +5045,7 @@ class Delivery:
         if verdict is Verdict.DELIVERED:
             move(recipient, DELIVERED)
             mail.news = self.spooler.queue.epoch
-            self.spooler.tally["sent"] += 1
+            self.spooler.facts.totals["sent"] += 1
             log(f"{self.path} successfully sent to {recipient['Address']}{text and ': '}{text}")
         elif verdict is Verdict.AGAIN:
             move(recipient, WAITING, text)
@@ -5041,13 +5055,13 @@ class Delivery:
             self.give_up(recipient, text, "permanent SMTP error")
         else:
             deferred(recipient, text, self.spooler.clock())
-            self.spooler.tally["deferred"] += 1
+            self.spooler.facts.totals["deferred"] += 1
             say_error(self.path, recipient)
         return verdict is Verdict.AGAIN
 
     def give_up(self, recipient, text, reason):
         gave_up(recipient, text)
-        self.spooler.tally["given up"] += 1
+        self.spooler.facts.totals["given up"] += 1
         self.mail.news = self.spooler.queue.epoch
         say_error(self.path, recipient)
         log(f"{self.path} {reason} for {recipient['Address']} ... giving up")
@@ -5382,10 +5396,9 @@ class Spooler:
         self.turnstile, self.clock = turnstile, clock
         self.relay = None  # what sends; set before run()
         self.lookout, self.fail_command, self.page = Lookout(self), FailCommand(self, os.environ), Page(self)
-        self.manager = ServiceManager({})
-        self.progress, self.show_progress = Progress(10), log
+        self.facts = Facts(self)
+        self.manager, self.progress = ServiceManager({}), Progress(10)
         self.pool = gevent.pool.Pool(options.concurrency)
-        self.most = min(RECIPIENTS_PER_TRANSACTION, turnstile.rate.most)  # recipients of one transaction
         self.wake = gevent.event.Event()
         status.on_news = self.wake.set
         self.wanted = []  # suspend, reload, flush: what signals ask for, in their order
@@ -5395,9 +5408,6 @@ class Spooler:
         self.offset = clock() - time.monotonic()
         self.once_until = clock() + 5 * QUIET_SECONDS  # -once waits for files that are being written, but not for ever
         self.sent = 0
-        self.tally = {"sent": 0, "deferred": 0, "given up": 0}  # recipients, since the start
-        self.started, self.today, self.sent_before = format_time(clock()), time.strftime("%Y-%m-%d"), 0
-        self.published, self.next_facts = None, 0.0
         self.suspended = self.stopping = False
         self.exit_status = EX_OK
 
@@ -5517,7 +5527,7 @@ class Spooler:
     def idle_seconds(self):
         """How long nothing needs doing; None: until something happens."""
         now, ticks = self.clock(), time.monotonic()
-        pauses = [self.manager.next_sign - ticks, (self.next_facts or math.inf) - ticks]
+        pauses = [self.manager.next_sign - ticks, (self.facts.next_look or math.inf) - ticks]
         if not self.suspended:
             scan = math.inf if self.options.once else self.next_scan
             pauses += [min(self.progress.next_word(), self.queue.next_due(), scan) - now, self.turn() or math.inf]
@@ -5531,41 +5541,10 @@ class Spooler:
         elif not counts[IN_LINE]:
             self.said.pop("rate", None)
         if text := self.progress.line(self.clock(), counts[IN_LINE], counts[FLYING], self.sent, turn):
-            self.show_progress(text)
+            self.progress.show(text)
         self.manager.sign_of_life(time.monotonic())
-        if time.monotonic() >= self.next_facts:
-            self.publish()
-
-    def facts(self):
-        """What nobody knows but the running daemon: a dict of texts; moments are RFC 3339."""
-        today, sent = time.strftime("%Y-%m-%d"), self.tally["sent"]
-        if today != self.today:
-            self.today, self.sent_before = today, sent
-        facts = {"version": VERSION, "since": self.started, "suspended": "yes" if self.suspended else "no"}
-        facts.update((f"relay {relay.name}", fact_text(relay.fact())) for relay in self.relay.relays)
-        facts.update({"sent": str(sent), "sent today": str(sent - self.sent_before), "today": today})
-        if trouble := self.trouble():
-            facts["trouble"] = trouble
-        if turn := self.turn():
-            facts["next turn"] = format_time(self.turnstile.clock() + turn)
-        return facts
-
-    def go_on_counting(self, before):
-        """before: the facts of the daemon that was here before."""
-        if before.get("today") == self.today:
-            self.sent_before = -int_or_zero(before.get("sent today"))
-
-    def trouble(self):
-        """What keeps the status from being known; empty if nothing does."""
-        return self.status.complaint and f"the status file cannot be written: {self.status.complaint}"
-
-    def publish(self):
-        """Let -status know the facts, if they have changed; then not for a while."""
-        facts, before = self.facts(), self.published
-        self.next_facts = time.monotonic() + FACTS_SECONDS if facts != before else 0.0
-        if facts != before:
-            self.published = facts
-            self.spool.publish(facts)
+        if time.monotonic() >= self.facts.next_look:
+            self.facts.publish()
 
     def condition(self):
         """One line for the service manager."""
@@ -5584,7 +5563,7 @@ class Spooler:
             self.take_edit(is_last=True)
             self.status.thaw()
         self.status.save()
-        self.publish()
+        self.facts.publish()
         if not self.status.knows_all():
             self.exit_status = self.exit_status or complain("the status could not be saved")
         self.relay.close()
@@ -5675,6 +5654,8 @@ class Spooler:
         self.keep("watch", self.lookout.watch)
         self.relay.tend()
         self.rescue()
+        hour_ago = time.monotonic() - SAY_AGAIN_SECONDS  # what is older would be said again, if its mail is still here
+        self.said = {subject: (text, when) for subject, (text, when) in self.said.items() if when >= hour_ago}
         pause = max(freq, 0.1, 9 * (time.monotonic() - started))  # -freq 0 is no reason to spin
         self.next_scan = self.clock() + pause
         self.manager.tell(f"READY=1\nSTATUS={one_line(self.condition())}")
@@ -5684,7 +5665,6 @@ class Spooler:
         status file counts; else only the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
-        self.published = None
         if watch := self.keepers.pop("watch", None):
             watch.kill()
         if same:
@@ -5789,15 +5769,14 @@ def serve(options):
     spooler = Spooler(options, spool, queue, status, turnstile)
     spooler.relay = make_relay(options, os.environ, sys.stdout.buffer, spooler.relay_has_news)
     spooler.manager = ServiceManager(os.environ)
-    spool.lock()
-    spooler.go_on_counting(spool.last_facts)
+    spooler.facts.go_on_counting(spool.lock())
     if options.http:
         spooler.page.open(options.http, visitors)
     set_up_signals(spooler)
     catch_unexpected(spooler)
     log(f"--- starting Spoolgore (pid: {os.getpid()}) on directory {options.directory} ---")
     log(f"spoolgore.py {VERSION}, Python {sys.version.split()[0]}, gevent {gevent.__version__}")
-    spooler.publish()
+    spooler.facts.publish()
     load_status(status, is_named=bool(options.json))
     turnstile.load()
     gc.freeze()  # what is there now stays: the collector need not look at it again
@@ -5836,7 +5815,7 @@ def load_status(status, is_named):
 def show_progress(spooler):
     """As a line of the terminal that is redrawn, not as lines of the log."""
     log.show("")
-    spooler.progress, spooler.show_progress = Progress(0.5), log.show
+    spooler.progress = Progress(0.5, log.show)
 
 
 def main(argv):

@@ -4305,7 +4305,7 @@ def refusing_open(monkeypatch, *errors):
 
 def test_what_is_wrong_with_the_lock_is_said_of_the_lock(spool, monkeypatch):
     (spool / ".spoolgore.lock").touch()
-    me = spoolgore.owner_of(spool)
+    me = spoolgore.user_name(os.getuid())
     for error, text in [(errno.EACCES, "Permission denied"), (errno.EIO, "Input/output error")]:
         with monkeypatch.context() as patch, pytest.raises(OSError) as caught:
             refusing_open(patch, error)
@@ -6544,7 +6544,7 @@ def test_each_outcome_is_said_and_counted(spool, status, logged):
 
     spooler.relay.send, status.commit = send, lambda mail: True
     handle(spooler, "m1")
-    assert asked == [list(outcomes), ["d@x.org"]] and spooler.tally == {"sent": 3, "deferred": 1, "given up": 1}
+    assert asked == [list(outcomes), ["d@x.org"]] and spooler.facts.totals == {"sent": 3, "deferred": 1, "given up": 1}
     assert logged() == [
         *(f"{path} sending mail to {address} attempt: 0" for address in outcomes),
         f"{path} successfully sent to a@x.org: 250 taken",
@@ -6676,6 +6676,16 @@ def test_a_file_that_names_others_than_its_entry_is_said_until_it_goes(spool, st
     (spool / "m1").unlink()
     spooler.scan()
     assert spooler.said == {} and status.queue.mails == {}
+
+
+def test_what_was_said_of_mails_that_are_gone_is_not_kept_for_ever(spool, status, monkeypatch):
+    spooler = spooler_of(spool, status)
+    spooler.say(f"remove {spool}/m1", "unable to remove it")
+    spooler.scan()
+    assert list(spooler.said) == [f"remove {spool}/m1"]
+    monkeypatch.setattr(spoolgore, "SAY_AGAIN_SECONDS", -1)
+    spooler.scan()
+    assert spooler.said == {}
 
 
 @pytest.mark.parametrize("error", [MemoryError(), MemoryError("no stack")])
@@ -7294,9 +7304,9 @@ def test_a_directory_that_cannot_be_closed_takes_nothing_back(spool, status, mon
 def test_a_lock_that_cannot_be_looked_at_is_named(spool, monkeypatch, function):
     with failing(monkeypatch, function, errno.EIO), pytest.raises(OSError) as problem:
         spoolgore.Spool(str(spool)).lock()
-    assert f"Input/output error (it belongs to {spoolgore.owner_of(spool)}): {spool}/.spoolgore.lock" == (
-        spoolgore.describe(problem.value)
-    )
+    me = spoolgore.user_name(os.getuid())
+    why = f"Input/output error (it belongs to {me}): {spool}/.spoolgore.lock"
+    assert spoolgore.describe(problem.value) == why
 
 
 @pytest.mark.parametrize("way", ["event", "scan"])
@@ -7818,6 +7828,18 @@ def test_a_number_with_too_many_digits_harms_its_own_mail_only(spool, relay, run
     held = "is held, its entry in the status file is malformed: a recipient's Attempts"
     assert len([line for line in daemon.lines if line.startswith(f"{spool}/endless {held}")]) == 1
     assert names(spool) == ["endless"] and "9" * 5000 in path.read_text() and list(daemon.status()) == ["endless"]
+
+
+def test_an_entry_that_is_nested_too_deeply_holds_its_mail(spool, status, logged):
+    """Who read the file could just parse it; its delivery, which has less of the stack left, cannot."""
+    put(spool, "m1", mail("a@x.org"))
+    spooler, path, deep = spooler_of(spool, status), spool / "m1", b"[" * 200_000 + b"]" * 200_000
+    kept = spooler.queue.add(str(path)).entry = b"\t" + json.dumps(str(path)).encode() + b": " + deep
+    handle(spooler, "m1")
+    assert logged() == [f"{path} is held, its entry in the status file is malformed: nested too deeply"]
+    assert state_in(spooler, "m1") == spoolgore.STUCK and spooler.queue.mails[str(path)].entry == kept
+    status.save()
+    assert Path(status.path).read_bytes() == b"{\n" + kept + b"\n}\n"
 
 
 def test_an_outcome_is_kept_whatever_another_one_s_leads_to(spool, status, monkeypatch, logged):
@@ -11427,7 +11449,7 @@ def test_a_suspension_on_a_full_disk(spool, status, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(spoolgore, "write_at", full)
         spooler.suspend()
-        spooler.publish()
+        spooler.facts.publish()
     assert spooler.suspended and (spool / ".spoolgore.lock").read_text() == f"{os.getpid()}\n\n"
     spooler.resume()
     assert not spooler.suspended
@@ -11443,8 +11465,8 @@ def test_what_only_the_daemon_knows_stands_in_the_lock(spool, status):
     spooler = spooler_of(spool, status, "-rate", "5/h")
     spooler.relay = spoolgore.Relays([down_relay("[::1]:25", "451 wait: a\nb\x1b"), spoolgore.Relay("b:25", None, 1)])
     spooler.suspended = True
-    spooler.tally["sent"] = 7
-    spooler.publish()
+    spooler.facts.totals["sent"] = 7
+    spooler.facts.publish()
     again, since = spoolgore.format_time(NOW + 8), spoolgore.format_time(NOW)
     facts = {"version": spoolgore.VERSION, "since": since, "suspended": "yes"}
     facts.update({"relay [::1]:25": f"down, tried again {again}, 451 wait: a b\\x1b", "relay b:25": "up"})
@@ -11468,18 +11490,19 @@ print(json.dumps(spoolgore.Spool(sys.argv[1]).owner()))
 def test_facts_are_written_when_they_change_and_not_more_often(spool, status, monkeypatch):
     spooler, written = spooler_of(spool, status), []
     spooler.suspended = True  # nothing else wakes the loop
-    monkeypatch.setattr(spooler.spool, "publish", written.append)
+    publish = spooler.spool.publish
+    monkeypatch.setattr(spooler.spool, "publish", lambda facts: written.append(facts) or publish(facts))
     spooler.tell()
-    spooler.tally["sent"] += 1
+    spooler.facts.totals["sent"] += 1
     spooler.tell()  # too soon
     assert [facts["sent"] for facts in written] == ["0"]
     assert 0.5 < spooler.idle_seconds() <= 1
-    spooler.next_facts = time.monotonic()
+    spooler.facts.next_look = time.monotonic()
     spooler.tell()
     assert [facts["sent"] for facts in written] == ["0", "1"]
-    spooler.next_facts = time.monotonic()
+    spooler.facts.next_look = time.monotonic()
     spooler.tell()
-    assert len(written) == 2 and not spooler.next_facts  # nothing new: nobody wakes up for it
+    assert len(written) == 2 and not spooler.facts.next_look  # nothing new: nobody wakes up for it
     monkeypatch.setattr(time, "strftime", lambda form: "2099-01-01")
     spooler.tell()
     assert (written[-1]["sent"], written[-1]["sent today"]) == ("1", "0")
@@ -11488,11 +11511,10 @@ def test_facts_are_written_when_they_change_and_not_more_often(spool, status, mo
 @pytest.mark.parametrize("day, sent", [("", "9"), ("2020-01-01", "2")])
 def test_what_was_sent_today_is_counted_over_a_restart(spool, status, day, sent):
     spooler = spooler_of(spool, status)
-    spooler.spool.publish({"sent today": "7", "today": day or spooler.today})
-    spooler.spool.lock()  # as the next daemon does
-    spooler.tally["sent"] = 2
-    spooler.go_on_counting(spooler.spool.last_facts)
-    facts = spooler.facts()
+    spooler.spool.publish({"sent today": "7", "today": day or spooler.facts.today})
+    spooler.facts.totals["sent"] = 2
+    spooler.facts.go_on_counting(spooler.spool.lock())  # as the next daemon does
+    facts = spooler.facts.now()
     assert (facts["sent"], facts["sent today"]) == ("2", sent)
 
 
@@ -11500,7 +11522,7 @@ def test_facts_are_written_anew_into_a_new_lock(spool, status):
     spooler = spooler_of(spool, status)
     spooler.tell()
     (spool / ".spoolgore.lock").unlink()
-    spooler.next_facts = 0.0
+    spooler.facts.next_look = 0.0
     spooler.scan()
     spooler.tell()
     assert "version: " in (spool / ".spoolgore.lock").read_text()
@@ -11511,7 +11533,7 @@ def test_a_turn_of_rate_is_a_fact(spool, status):
     spooler.turnstile.rate.note(1)
     spooler.turnstile.rate.note(1, NOW)
     spooler.queue.line_up(spooler.queue.add(spooler.spool.path("m1")), spooler.queue.fresh)
-    assert spooler.facts()["next turn"] == spoolgore.format_time(NOW + 3600.001)
+    assert spooler.facts.now()["next turn"] == spoolgore.format_time(NOW + 3600.001)
 
 
 def test_status_of_some_mails(spool):
@@ -11873,7 +11895,7 @@ def test_metrics_are_what_prometheus_reads(spool, status):
     name = 'a"\\\n:25'
     spooler.relay = spoolgore.Relays([down_relay(name), spoolgore.Relay("b:25", None, 1)])
     spooler.relay.relays[1].transactions, spooler.relay.relays[1].seconds = 3, 0.75
-    spooler.tally.update({"sent": 7, "deferred": 2, "given up": 1})
+    spooler.facts.totals.update({"sent": 7, "deferred": 2, "given up": 1})
     counted(spooler)
     code, kind, text = ask("/metrics")
     assert (code, kind) == (200, "text/plain; version=0.0.4; charset=utf-8") and text.endswith("\n")
@@ -11974,7 +11996,7 @@ def test_the_page_shows_errors_mails_and_the_last_hour(spool, status, monkeypatc
     shown = re.findall(r"data-name='FILE'>([^<]*)", text)
     assert sorted(shown) == ["deferred", "deferred too", "given up", "unusable", "waiting"]
     assert shown[-2:] == ["given up", "unusable"] and "<rect" not in text
-    spooler.tally.update({"sent": 30, "deferred": 9, "given up": 1})
+    spooler.facts.totals.update({"sent": 30, "deferred": 9, "given up": 1})
     spooler.page.marks.append((10, 0, 0))
     text = ask("/")[2]
     assert re.findall(r"<title>(\d+ min ago: .*?)</title>", text) == [
@@ -12035,10 +12057,10 @@ def test_who_monitors_hears_that_the_status_cannot_be_written(spool, status):
     reason = f"the status file cannot be written: {status.complaint}"
     assert spooler.wake.is_set() and ask("/health") == (503, "text/plain; charset=utf-8", f"{reason}\n")
     assert "File too large" in reason and f"<p class=bad>{reason}" in ask("/")[2]
-    assert spoolgore.summary_of(spoolgore.Tally(), {"pid": "1", **spooler.facts()}, NOW)["attention"] == [reason]
+    assert spoolgore.summary_of(spoolgore.Tally(), {"pid": "1", **spooler.facts.now()}, NOW)["attention"] == [reason]
     spooler.wake.clear()
     status.save()
-    assert spooler.wake.is_set() and ask("/health")[0] == 200 and "trouble" not in spooler.facts()
+    assert spooler.wake.is_set() and ask("/health")[0] == 200 and "trouble" not in spooler.facts.now()
 
 
 def test_health_is_by_the_rule_of_status(spool, status):
@@ -12153,7 +12175,7 @@ def test_the_page_notes_the_tally_each_minute(spool, status, monkeypatch):
 
     def sleep(seconds):
         pauses.append(seconds)
-        page.spooler.tally["sent"] += 5
+        page.spooler.facts.totals["sent"] += 5
         if len(pauses) == 3:
             raise gevent.GreenletExit
 
