@@ -4016,6 +4016,7 @@ def kind_of(status, attempts, error):
     return "in flight" if status == 1 else "deferred" if attempts or error else "waiting"
 
 
+@functools.lru_cache(maxsize=1000)  # an application has few senders
 def address_in(field):
     return field.rpartition("<")[2].partition(">")[0]
 
