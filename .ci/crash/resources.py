@@ -98,7 +98,7 @@ def no_threads(busy):
     """No thread can be started, which -rate and the status file want."""
     user = somebody_else(busy)
     put_some_of_all(busy)
-    for path in (busy.spool, *busy.spool.iterdir()):
+    for path in (busy.home, busy.spool, *busy.spool.iterdir()):
         os.chown(path, *user)
     busy.start(limits=[low(resource.RLIMIT_NPROC, 1)], user=user)
     time.sleep(SHORTAGE_SECONDS)
@@ -278,7 +278,7 @@ def somebody_else(busy):
     question = f"import os; os.setuid({NOBODY}); import gevent, email; print(os.access(email.__file__, os.R_OK))"
     answer = subprocess.run([busy.workshop.settings.python, "-c", question], capture_output=True, text=True)
     if answer.stdout != "True\n":
-        raise CannotRun("other users may not read this interpreter: run it as another user than root")
+        raise CannotRun("other users may not read this interpreter: run it with --python or as another user than root")
     return NOBODY, NOBODY
 
 
