@@ -4822,8 +4822,6 @@ class Delivery:
         try:
             if self.open() and self.read():
                 self.deliver()
-        except gevent.GreenletExit:  # the daemon ends, the mail is still in the queue
-            self.rest(0)
         except Unfinished:
             self.rest(QUIET_SECONDS)
         except (OSError, MemoryError) as error:
@@ -4873,7 +4871,7 @@ class Delivery:
             if msvcrt:  # another program has it open, and may end that without a change
                 return self.cannot_reach(error)
             return self.stick(self.shown(f"unable to read mail file, {error.strerror}"))
-        if refused is not False and is_being_written(refused, status, spooler.clock(), mail.whole):
+        if is_being_written(refused, status, spooler.clock(), mail.whole):
             return self.rest(QUIET_SECONDS)
         if refused:
             log(f"{self.path} is sent, though somebody has it open for writing: it was left alone for a minute")
@@ -5091,9 +5089,9 @@ class Delivery:
             return self.is_done(self.remove, links)
         if end == GIVEN_UP and known:
             return self.is_done(functools.partial(spooler.lookout.put_aside, mail), links)
-        if end == GIVEN_UP:  # suspended, or the status cannot be written
-            self.rest()
-        elif isinstance(stopped_by, OutOfTurn):
+        if end == GIVEN_UP:  # suspended, or the status cannot be written: in a minute, see landed()
+            return True
+        if isinstance(stopped_by, OutOfTurn):
             queue.line_up(mail, queue.ahead)
         elif stopped_by and spooler.relay.down:
             queue.become(mail, GROUNDED)
@@ -5116,7 +5114,6 @@ class Delivery:
             what = "is settled, unable to remove it" if finish == self.remove else "was given up, unable to move it"
             text = f"{self.path} {what}, {reason_of(error)} (it is tried again)"
             spooler.say(f"remove {mail.path}", text)
-            self.rest()
         return True
 
     def remove(self, paths):
