@@ -6594,7 +6594,7 @@ def test_when_a_recipient_is_given_up(spool, status, logged, flags, verdict, att
     status.commit = lambda mail: True
     handle(spooler, "m1")
     number = 2 if reason else 0
-    assert spooler.tally == {"sent": 0, "deferred": 2 - number, "given up": number} and spooler.sent == 0
+    assert spooler.facts.totals == {"sent": 0, "deferred": 2 - number, "given up": number} and spooler.sent == 0
     assert given_up(spool) == (["m1"] if reason else []) and names(spool) == ([] if reason else ["m1"])
     said = [line for line in logged() if "giving up" in line]
     assert said == [f"{path} {reason} for {each}@x.org ... giving up" for each in "ab"[:number]]
@@ -6610,7 +6610,7 @@ def test_addresses_that_no_relay_can_be_told_are_given_up_at_once(spool, status,
     handle(spooler, "m1")
     first, last = "553 5.1.3 not sent: bad local part", "553 5.1.3 not sent: bad domain"
     assert [each["Error"] for each in entry_of(status, f"{spool}/.failed/m1")["To"]] == [first, "", last]
-    assert sent_by(spooler) == ["a@x.org"] and spooler.tally == {"sent": 1, "deferred": 0, "given up": 2}
+    assert sent_by(spooler) == ["a@x.org"] and spooler.facts.totals == {"sent": 1, "deferred": 0, "given up": 2}
     assert logged()[:4] == [
         f"{path} SMTP error, mail to a b@x.org {first}",
         f"{path} bad address for a b@x.org ... giving up",
