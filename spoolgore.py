@@ -2257,7 +2257,7 @@ class Spool:
             parent, _, name = path.rpartition(os.sep)
             if parent not in homes:
                 homes[parent] = self._home_of(parent)
-            yield f"{homes[parent]}{os.sep}{name}", entry
+            yield (path if homes[parent] == parent else f"{homes[parent]}{os.sep}{name}"), entry
 
     def _home_of(self, parent):
         is_failed = os.path.basename(parent) == ".failed"
@@ -3891,7 +3891,6 @@ TITLES = ("FILE", "STATE", "AGE", "SENDER", "RECIPIENT", "ATTEMPTS", "NEXT IN", 
 KINDS = ("new", "waiting", "in flight", "deferred", "given up", "unusable", "held")
 PATIENT = KINDS[:4]  # the kinds that wait to be sent
 FOREMOST = ("in flight", "deferred", "waiting", "given up", "unusable")  # the kind of one counts for all
-NO_LAYOUT = str.maketrans("", "", "\n\t")
 NOBODY = {"Address": "", "Attempts": 0, "Error": ""}
 MOST_ERRORS = 1000  # that are told from each other
 SPEED_SECONDS = 10  # mails a second are those of this time
@@ -4005,7 +4004,8 @@ def plain_line(path, values, mtime, whole):
         raise ValueError
     due = next_attempt if status == "0" else math.inf
     since = minute_of(since) + float(and_second) or mtime(path)
-    entry = packed[len(name) + 5 :].translate(NO_LAYOUT) if whole else "null"  # less a tab, two quotes, colon, space
+    start = len(name) + 5  # a tab, two quotes, colon, space
+    entry = packed[start:].replace("\n", "").replace("\t", "") if whole else "null"
     return Line(due, kind, path, since, address_in(sender), address, attempts, error, entry)
 
 
