@@ -59,7 +59,7 @@ class Busy:
     def failcommand(self):
         """A shell command that keeps what it is told, and what there is then in .failed and in the status file."""
         told = f"{self.home}/told.$$"
-        look = f"ls {self.failed} > {told}.failed; cp {self.status_path} {told}.status"
+        look = f"ls {self.failed} > {told}.failed; cat {self.status_path} > {told}.status"  # cp skips what is replaced
         return f"{{ {look}; }} 2> {told}.errors; cat > {told}"
 
     def close(self):
@@ -339,7 +339,8 @@ class Busy:
                 times[name] += 1
                 entry = read_status(f"{told}.status").get(self.path_in_failed(name), {})
                 if name not in there or states(entry).get(address) != "given up":
-                    raise Failure(f"-failcommand was told of {name} before it was in .failed and on the disk")
+                    known = f"{' '.join(there) or 'nothing'} was there, the status had {states(entry)}"
+                    raise Failure(f"-failcommand was told of {name} before it was in .failed and on the disk; {known}")
         if twice := [name for name, count in times.items() if count > 1]:
             raise Failure(f"-failcommand was told more than once of {' '.join(twice)}")
         is_due = any(address in self.mails[name].recipients for name, address in GIVEN_UP if name in self.mails)
