@@ -1177,7 +1177,8 @@ def has_recipients(envelope):
 
 
 def is_partly_delivered(envelope):
-    return isinstance(envelope, dict) and DELIVERED in map(state, recipients(envelope))
+    """An edit may have made anything of it."""
+    return not envelope_problem(envelope) and DELIVERED in map(state, recipients(envelope))
 
 
 def next_attempt(envelope):
@@ -1619,9 +1620,9 @@ def text_in(text):
 
 def file_that_somebody_has(packed, device):
     """The identity of the file of a partly delivered mail, by its packed entry; None if that does not say."""
-    if b'"Status": 2' not in packed or envelope_problem(envelope := unpack(packed)):
+    if b'"Status": 2' not in packed or not is_partly_delivered(envelope := unpack(packed)):
         return None
-    return identity_in(envelope, device) if is_partly_delivered(envelope) else None
+    return identity_in(envelope, device)
 
 
 def read_status(path, owners=None):

@@ -8083,6 +8083,18 @@ def test_malformed_entries_hold_their_mails_and_stop_nobody(spool, relay, start,
     assert asked_for(relay.recorder) == sorted(f"{name}@x.org" for name in [*MALFORMED, "fine"])
 
 
+@pytest.mark.parametrize("name", ["m1", ".failed/m1"])
+@pytest.mark.parametrize("entry", [entry for entry, _ in MALFORMED.values()], ids=MALFORMED)
+def test_a_mail_with_a_malformed_entry_that_is_gone_stops_nobody(spool, status, name, entry):
+    spooler = spooler_of(spool, status)
+    spooler.keep = lambda name, work: None
+    state = spoolgore.RESTING if name == "m1" else spoolgore.ASIDE
+    status.queue.become(put_entry(status, str(spool / name), entry), state)
+    put(spool, "m2", mail("a@x.org"))
+    spooler.scan()
+    assert [Path(path).name for path in status.queue.mails] == ["m2"]
+
+
 def test_a_number_with_too_many_digits_harms_its_own_mail_only(spool, relay, run):
     """Python reads none of more than 4,300 digits; and no file has the names of the other entries."""
     for name in ("endless", "fine"):
