@@ -1249,6 +1249,12 @@ def is_changed(envelope, identity):
     return envelope.get("Stat") == CHANGED
 
 
+def may_be_anothers(envelope, identity):
+    """Whether its file may be another mail: it was changed while it was out of sight, or when nobody waited for it."""
+    waits = envelope.get("Stat") != CHANGED and state_of_all(envelope) == WAITING
+    return bool(recipients(envelope)) and not waits and is_changed(envelope, identity)
+
+
 def interrupted(envelope, error=""):
     """What was in flight waits again; without an error it keeps the one that it had."""
     for recipient in recipients(envelope):
@@ -4800,13 +4806,13 @@ def name_message(mail, message):
 
 
 def judged(mail, envelope, message, now):
-    """The file was changed while it was held or in .failed: is it the same mail? In doubt it is another one. Returns
-    the entry that it has from now on."""
+    """The file was changed while it was held, in .failed, or settled: is it the same mail? In doubt it is another one.
+    Returns the entry that it has from now on."""
     is_same = bool(message.message_id) and message.message_id == envelope.get("MessageID")
     verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
     if not is_same and (has := [each["Address"] for each in recipients(envelope) if state(each) == DELIVERED]):
         verdict += f", and goes to {', '.join(has)} again"
-    log(f"{named(mail.path)} was changed while it was away, and {verdict}")
+    log(f"{named(mail.path)} was changed meanwhile, and {verdict}")
     return changed(envelope, message, is_same, now)
 
 
@@ -4952,7 +4958,7 @@ class Delivery:
         envelope = mail.envelope()
         if problem := envelope_problem(envelope):
             raise CorruptStatus(problem)
-        if envelope.get("Stat") == CHANGED and recipients(envelope):
+        if may_be_anothers(envelope, mail.identity):
             return judged(mail, envelope, self.message, self.spooler.clock())
         renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):

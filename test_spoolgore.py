@@ -7250,8 +7250,8 @@ def test_a_mail_that_is_changed_while_it_is_held(spool, status, logged, origin, 
     assert released(spool, spooler, asked) == sent and not spooler.queue.mails
     again = "is taken for a new mail, and goes to a@x.org again"
     verdict = again if "a@x.org" in sent else "has the same Message-ID: nobody gets it twice"
-    lines = [line for line in logged() if "while it was away" in line]
-    wanted = [f"{spool}/m1 was changed while it was away, and {verdict}"]
+    lines = [line for line in logged() if "changed meanwhile" in line]
+    wanted = [f"{spool}/m1 was changed meanwhile, and {verdict}"]
     assert lines == (wanted if lines or "a@x.org" in sent else [])
 
 
@@ -7266,7 +7266,35 @@ def test_a_new_mail_of_the_name_of_one_that_is_held_and_everybody_has(spool, sta
     written_anew(spool / ".m1")
     assert released(spool, spooler, asked) == ["a@x.org", "b@x.org"]
     verdict = "is taken for a new mail, and goes to a@x.org, b@x.org again"
-    assert f"{spool}/m1 was changed while it was away, and {verdict}" in logged()
+    assert f"{spool}/m1 was changed meanwhile, and {verdict}" in logged()
+
+
+@pytest.mark.parametrize(
+    "fault, end, fields, sent",
+    [
+        ("unlink", "DELIVERED", {}, ["b@x.org"]),
+        ("unlink", "DELIVERED", SAME_ID, []),  # the same mail, with another body or so
+        ("mkdir", "REFUSED", {}, ["b@x.org"]),
+        ("mkdir", "REFUSED", SAME_ID, ["b@x.org"]),
+    ],
+)
+def test_a_new_mail_of_the_name_of_one_that_is_settled_and_cannot_go(
+    spool, status, monkeypatch, fault, end, fields, sent
+):
+    spooler, asked, verdicts = spooler_of(spool, status, "-attempts", "1"), [], [end, "DELIVERED"]
+
+    def send(sender, addresses, message):
+        asked.append(addresses)
+        return dict.fromkeys(addresses, spoolgore.Outcome(spoolgore.Verdict[verdicts.pop(0)], "550 no"))
+
+    spooler.relay.send, status.commit = send, lambda mail: True
+    put(spool, "m1", mail("a@x.org, b@x.org", **fields))
+    with failing(monkeypatch, fault, errno.EACCES):
+        handle(spooler, "m1")
+    put(spool, "m2", mail("b@x.org", body="The next one.\n", **fields))
+    (spool / "m2").rename(spool / "m1")
+    handle(spooler, "m1")
+    assert asked == [["a@x.org", "b@x.org"], *([sent] if sent else [])] and names(spool) == given_up(spool) == []
 
 
 def test_a_mail_that_is_touched_in_mid_transaction_and_held_over_a_restart(spool, status):
