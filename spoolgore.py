@@ -1293,7 +1293,7 @@ def recipient_problem(recipient):
 
 def merge(edited, live, has_news):
     """The edited entry, with what happened since it was written: who is in flight in the live entry stays as he is
-    there, and, if it has news that the file does not know, who has the mail.
+    there, and, if it has news that the file does not know, who has the mail. What it knows of its file is newer, too.
 
     Every recipient of the live entry stays the same dict, since the mail's delivery may hold it.
     """
@@ -1318,7 +1318,7 @@ def merge(edited, live, has_news):
     unnamed = {id(recipient) for left in known.values() for recipient in left if is_fixed(recipient)}
     for key in FIELDS:
         edited[key] += [recipient for recipient in live.get(key) or () if id(recipient) in unnamed]
-    return edited
+    return {**edited, **{key: live[key] for key in ("MessageID", "Stat") if key in live}}
 
 
 # ------------------------------------------------------------------- queue
@@ -5366,7 +5366,7 @@ class Lookout:
                 known, envelope = identity(status), mail.envelope()
                 mail.print = hash(known)
                 if isinstance(envelope, dict) and is_changed(envelope := {"Stat": "", **envelope}, known):
-                    mail.entry = pack(mail.path, envelope)
+                    mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
                     self.queue.rest(mail, 0.0)
                     mail.forced = True
                 else:
@@ -5524,7 +5524,7 @@ class Spooler:
     def due_at(self, mail):
         """When a mail that waits is due by its entry; now, for all, if the clock was ahead when that was written."""
         envelope, now = mail.envelope(), self.clock()
-        due = 0.0 if envelope_problem(envelope) else next_attempt(envelope)
+        due = 0.0 if envelope_problem(envelope) or envelope.get("Stat") == CHANGED else next_attempt(envelope)
         if due > now + LONGEST_DELAY and enqueued(envelope) > now + CLOCK_STEP_SECONDS:
             due, mail.forced = 0.0, True
         return due

@@ -7362,6 +7362,23 @@ def test_a_mail_that_is_held_corrected_and_released_before_any_scan(spool, statu
     assert sent_by(spooler) == ["right@x.org"]
 
 
+@pytest.mark.parametrize("is_suspended", [False, True])
+def test_a_mail_that_is_corrected_just_before_the_status_is_read_again(spool, status, is_suspended):
+    """The file does not know yet that the mail was changed."""
+    spooler, asked = partly_delivered(spool, status, **SAME_ID)
+    status.path = str(spool / ".spoolgore.js")
+    spooler.suspend() if is_suspended else status.save()
+    (spool / "m1").rename(spool / ".m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_FROM, "m1")
+    replaced(spool / ".m1", "b@x.org", "c@x.org")
+    (spool / ".m1").rename(spool / "m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
+    spooler.reload()
+    assert spooler.queue.next_due() == 0
+    handle(spooler, "m1")
+    assert asked == [["a@x.org", "b@x.org"], ["c@x.org"]] and names(spool) == []
+
+
 @pytest.mark.parametrize("name", ["m2", "elsewhere/m1"])
 def test_a_mail_that_is_renamed_but_not_held_is_left_to_the_scan(spool, status, name):
     spooler = spooler_of(spool, status)
