@@ -5667,15 +5667,17 @@ class Spooler:
 
     def reopen(self):
         """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
-        status file counts; else only the lock was removed."""
+        status file counts; one elsewhere forgets the mails now, and may need them when the directory is back. Else only
+        the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
         if watch := self.keepers.pop("watch", None):
             watch.kill()
         if same:
             return
+        is_inside = os.path.dirname(self.status.path) == self.spool.directory
         for mail in [mail for mail in self.queue.mails.values() if mail.state != FLYING]:
-            self.queue.drop(mail)
+            (self.queue.drop if is_inside else self.queue.lose)(mail)
         self.queue.dropped.clear()
         self.take_edit(is_last=True)
         self.queue.look_again(self.due_at)

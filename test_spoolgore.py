@@ -4617,6 +4617,28 @@ def test_the_spool_is_removed_and_made_again(spool, relay, start):
     assert len(said(daemon, "unable to access")) == 2
 
 
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_who_has_a_mail_is_known_when_the_spool_was_away_and_another_in_its_place(spool, status, tmp_path, is_inside):
+    """As the directory below a mount point is."""
+    status.path = str((spool if is_inside else tmp_path) / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status)
+    status.save()
+    spool.rename(tmp_path / "away")
+    spool.mkdir()
+    for _ in range(2):
+        spooler.scan()
+        status.save()
+    assert not status.queue.mails
+    shutil.rmtree(spool)
+    (tmp_path / "away").rename(spool)
+    spooler.scan()
+    handle(spooler, "m1")
+    assert len(asked) == 1  # b@x.org's time has not come
+    spooler.queue.flush()
+    handle(spooler, "m1")
+    assert asked == [["a@x.org", "b@x.org"], ["b@x.org"]] and names(spool) == []
+
+
 def test_a_spool_that_is_away_is_looked_for_however_rare_the_scans_are(spool, relay, start):
     daemon = start(
         "-smtpaddr", relay.address, "-freq", 3600, python=changed("PROBE_SECONDS = 10 ", "PROBE_SECONDS = 0.2 ")
