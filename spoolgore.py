@@ -1799,6 +1799,8 @@ class Status:
         self.wanted.clear()
         self.urgent.clear()
         try:
+            if self.is_inside() and not self.spool.is_home():  # what is mounted there by now has a status of its own
+                raise self.spool.away()
             off_the_hub(write_status, self.path, self._packed(), self.spool.directory if dropped else "")
             self.written = epoch
             self._complain("")
@@ -1819,6 +1821,10 @@ class Status:
             if reason:
                 log(f"unable to write status file, {reason} (it is tried again)")
             self.on_news()
+
+    def is_inside(self):
+        """Whether the file is in the spool, and goes where that goes."""
+        return os.path.dirname(self.path) == self.spool.directory
 
     def knows_all(self):
         """Whether the latest write succeeded, and nothing has changed since."""
@@ -2391,12 +2397,15 @@ class Spool:
         """look(), but that the whole directory may be away says nothing of what is in it. Raises OSError."""
         status = look(path)
         if status is None and not self.still_locked():
-            raise FileNotFoundError(errno.ENOENT, "it is away or was made again", self.directory)
+            raise self.away()
         return status
 
+    def away(self):
+        return FileNotFoundError(errno.ENOENT, "it is away or was made again", self.directory)
+
     def is_home(self):
-        """Whether the directory is the one that was locked."""
-        return os.path.samestat(os.stat(self.directory), self._home)
+        """Whether the directory is the one that was locked, if it was. Raises OSError."""
+        return not self._home or os.path.samestat(os.stat(self.directory), self._home)
 
     # -- one mail's file
 
@@ -5675,9 +5684,8 @@ class Spooler:
             watch.kill()
         if same:
             return
-        is_inside = os.path.dirname(self.status.path) == self.spool.directory
         for mail in [mail for mail in self.queue.mails.values() if mail.state != FLYING]:
-            (self.queue.drop if is_inside else self.queue.lose)(mail)
+            (self.queue.drop if self.status.is_inside() else self.queue.lose)(mail)
         self.queue.dropped.clear()
         self.take_edit(is_last=True)
         self.queue.look_again(self.due_at)

@@ -4639,6 +4639,21 @@ def test_who_has_a_mail_is_known_when_the_spool_was_away_and_another_in_its_plac
     assert asked == [["a@x.org", "b@x.org"], ["b@x.org"]] and names(spool) == []
 
 
+def test_the_status_of_what_is_mounted_over_the_spool_is_not_written_over(spool, status, tmp_path, logged):
+    status.path = str(spool / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status)
+    spool.rename(tmp_path / "below")
+    spool.mkdir()
+    write_entries(spool, {"m9": envelope_to(addressee(status=2), addressee("late@x.org"))})
+    put(spool, "m9", mail("a@x.org, late@x.org"))
+    status.save()
+    assert logged()[-1] == f"unable to write status file, it is away or was made again: {spool} (it is tried again)"
+    spooler.scan()
+    handle(spooler, "m9")
+    status.save()
+    assert not status.complaint and asked == [["a@x.org", "b@x.org"], ["late@x.org"]]
+
+
 def test_a_spool_that_is_away_is_looked_for_however_rare_the_scans_are(spool, relay, start):
     daemon = start(
         "-smtpaddr", relay.address, "-freq", 3600, python=changed("PROBE_SECONDS = 10 ", "PROBE_SECONDS = 0.2 ")
