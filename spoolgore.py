@@ -1717,7 +1717,7 @@ class Status:
         for path, packed in self._read("the daemon was killed in mid-transaction: the mail may have arrived"):
             if path not in self.queue.mails:
                 self.queue.become(mail := self.queue.add(path, packed), self._at_rest(path))
-                if home and mail.state == RESTING and (known := file_that_somebody_has(packed, home.st_dev)):
+                if home and (known := file_that_somebody_has(packed, home.st_dev)):
                     self.queue.identify(mail, known)
 
     def reload(self):
@@ -4907,7 +4907,7 @@ class Delivery:
             # two names of one file are one mail: this one goes when the other does, and what is known of it is kept
             return queue.drop(mail) if mail.entry is None else self.rest(max(1, self.spooler.options.freq))
         queue.drop(mail)
-        queue.rename(other, mail.path)
+        self.spooler.lookout.rename(other, mail.path)
         if other.state == FLYING:
             return False
         queue.taking = other if queue.taking is mail else queue.taking
@@ -5302,7 +5302,8 @@ class Lookout:
             if other != mail.path:
                 os.unlink(other)
         path, aside = mail.path, self.spool.put_aside(mail.path)
-        self.queue.forget(mail)
+        if not is_partly_delivered(mail.envelope()):  # else it may come back by any name
+            self.queue.forget(mail)
         self.queue.rename(mail, aside)
         self.queue.become(mail, ASIDE)
         log(f"{named(path)} moved to {named(aside)}")
@@ -5346,6 +5347,13 @@ class Lookout:
             mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
             self.queue.drop(aside)
 
+    def rename(self, mail, path):
+        """Its file has this name in the spool. If it lay in .failed, whoever was given up waits again."""
+        if is_aside(mail.path) and not envelope_problem(envelope := mail.envelope()):
+            requeue(envelope, self.spooler.clock())
+            mail.entry = pack(mail.path, envelope)
+        self.queue.rename(mail, path)
+
     # -- what its user holds, by a dot before its name
 
     def is_held(self, mail):
@@ -5356,11 +5364,9 @@ class Lookout:
         if mail.entry is None or len(name.encode("utf-8", "replace")) >= NAME_LIMIT or not self.spool.is_held(path):
             return False
         if parent == self.spool.failed:  # moved from there, to be mended
-            if path in self.queue.mails or envelope_problem(envelope := mail.envelope()):
+            if path in self.queue.mails or envelope_problem(mail.envelope()):
                 return False
-            requeue(envelope, self.spooler.clock())
-            mail.entry = pack(mail.path, envelope)
-            self.queue.rename(mail, path)
+            self.rename(mail, path)
         elif mail.state == ASIDE:
             return True
         else:

@@ -5741,6 +5741,29 @@ def test_a_mail_that_is_moved_back_between_two_looks_is_known(spool, status):
     assert not spooler.queue.mails
 
 
+@pytest.mark.parametrize("sight", ["event", "scan", "restart"])
+def test_a_mail_that_is_moved_back_under_another_name_goes_to_those_who_failed(spool, status, sight):
+    """Another mail may have its name by now, in the spool or in .failed."""
+    status.path = str(spool / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status, "-attempts", "1")
+    if sight == "restart":
+        status.save()
+        os.close(spooler.spool._lock)
+        before, status = spooler, spoolgore.Status(spoolgore.Queue(), status.spool)
+        status.load()
+        spooler = spooler_of(spool, status)
+        spooler.keep, spooler.relay, status.commit = before.keep, before.relay, before.status.commit
+    (spool / ".failed/m1").rename(spool / "m2")
+    if sight == "event":
+        spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m2")
+    else:
+        spooler.scan()
+    handle(spooler, "m2")
+    spooler.scan()
+    assert asked == [["a@x.org", "b@x.org"], ["b@x.org"]]
+    assert names(spool) == given_up(spool) == [] and not status.queue.mails
+
+
 def test_a_writer_that_ends_while_the_file_is_opened(spool, monkeypatch):
     """What is known of the file is what he left, else it looks like another one when it was sent."""
     path = spool / "m1"
