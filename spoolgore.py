@@ -5339,13 +5339,12 @@ class Lookout:
         """If its file was moved here from .failed, it has the entry that it had there. Raises OSError."""
         aside = self.queue.mails.get(self.spool.failed_path(mail.path))
         if aside and not has_recipients(mail.envelope()) and not look(aside.path):
-            envelope = aside.envelope()
+            envelope, is_other = aside.envelope(), False
             if not envelope_problem(envelope):
                 requeue(envelope, self.spooler.clock())
-                if status := look(mail.path):
-                    is_changed(envelope, identity(status))
+                is_other = bool(status := look(mail.path)) and is_changed(envelope, identity(status))
             mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
-            self.queue.drop(aside)
+            (self.queue.lose if is_other else self.queue.drop)(aside)  # it may be here by another name
 
     def rename(self, mail, path):
         """Its file has this name in the spool. If it lay in .failed, whoever was given up waits again."""

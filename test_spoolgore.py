@@ -5764,6 +5764,15 @@ def test_a_mail_that_is_moved_back_under_another_name_goes_to_those_who_failed(s
     assert names(spool) == given_up(spool) == [] and not status.queue.mails
 
 
+def test_a_new_mail_of_the_name_of_one_that_is_moved_back_under_another_name(spool, status):
+    spooler, asked = partly_delivered(spool, status, "-attempts", "1")
+    put(spool, "m1", mail("c@x.org"))
+    (spool / ".failed/m1").rename(spool / "m2")
+    handle(spooler, "m1")
+    handle(spooler, "m2")
+    assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == given_up(spool) == []
+
+
 def test_a_writer_that_ends_while_the_file_is_opened(spool, monkeypatch):
     """What is known of the file is what he left, else it looks like another one when it was sent."""
     path = spool / "m1"
