@@ -5338,11 +5338,11 @@ class Lookout:
     def take_back(self, mail):
         """If its file was moved here from .failed, it has the entry that it had there. Raises OSError."""
         aside = self.queue.mails.get(self.spool.failed_path(mail.path))
-        if aside and not has_recipients(mail.envelope()) and not look(aside.path):
+        if aside and not has_recipients(mail.envelope()) and not look(aside.path) and (status := look(mail.path)):
             envelope, is_other = aside.envelope(), False
             if not envelope_problem(envelope):
                 requeue(envelope, self.spooler.clock())
-                is_other = bool(status := look(mail.path)) and is_changed(envelope, identity(status))
+                is_other = is_changed(envelope, identity(status))
             mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
             (self.queue.lose if is_other else self.queue.drop)(aside)  # it may be here by another name
 

@@ -5764,6 +5764,16 @@ def test_a_mail_that_is_moved_back_under_another_name_goes_to_those_who_failed(s
     assert names(spool) == given_up(spool) == [] and not status.queue.mails
 
 
+def test_a_mail_that_is_moved_back_and_renamed_at_once_goes_to_those_who_failed(spool, status):
+    spooler, asked = partly_delivered(spool, status, "-attempts", "1")
+    (spool / ".failed/m1").rename(spool / "m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
+    (spool / "m1").rename(spool / "m2")
+    handle(spooler, "m1")
+    handle(spooler, "m2")
+    assert asked[1:] == [["b@x.org"]] and names(spool) == given_up(spool) == [] and not status.queue.mails
+
+
 def test_a_new_mail_of_the_name_of_one_that_is_moved_back_under_another_name(spool, status):
     spooler, asked = partly_delivered(spool, status, "-attempts", "1")
     put(spool, "m1", mail("c@x.org"))
@@ -6429,7 +6439,9 @@ def test_a_mail_that_is_back_from_failed_and_gone_again(spool, status):
     spooler = spooler_of(spool, status)
     aside(status, spool, ("a@x.org", 2, ""), ("b@x.org", 2, "550 no"))
     handle(spooler, "m1")
-    assert status.queue.mails == {} and sent_by(spooler) == []
+    assert list(status.queue.mails) == [str(spool / ".failed/m1")] and sent_by(spooler) == []
+    spooler.lookout.take_stock([])
+    assert status.queue.mails == {}
 
 
 @pytest.mark.parametrize("problem", ["its name is taken", "its entry is malformed", ""])
