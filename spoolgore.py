@@ -1480,7 +1480,8 @@ class Queue:
         mail.due = until
         heapq.heappush(self.times, (until, next(self.numbers), mail))
         if len(self.times) > 100 + 2 * self.counts[RESTING]:
-            self.times = [time for time in self.times if time[2].state == RESTING and time[2].due == time[0]]
+            valid = {time[2]: time for time in self.times if time[2].state == RESTING and time[2].due == time[0]}
+            self.times = [*valid.values()]
             heapq.heapify(self.times)
 
     def next_due(self):

@@ -7232,6 +7232,15 @@ def test_a_mail_that_is_held_comes_back_as_it_was(spool, status, release):
     assert held.envelope() == entry_due(NOW + 600, Stat=mark_of(spool / "m1")) and held.state == spoolgore.RESTING
 
 
+def test_a_mail_that_rests_again_and_again_until_the_same_time_takes_no_more_room(spool, status):
+    spooler = spooler_of(spool, status)
+    held = waiting_mail(spooler)
+    for _ in range(200):
+        spooler.queue.become(held, spoolgore.ASIDE)
+        spooler.lookout.release(held)
+    assert held.due == NOW + 600 and len(spooler.queue.times) <= 103
+
+
 def test_another_file_with_a_dot_is_not_the_mail_that_was_there(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
