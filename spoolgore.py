@@ -1435,7 +1435,7 @@ class Queue:
         that was freed until it finds its own."""
         other, before = self.mails.get(path, mail), mail.path
         if other is not mail and other.state != FLYING:
-            self.drop(other)
+            self.lose(other)  # it may be held
         if self.mails.get(before) is mail:
             del self.mails[before]
             self.dropped.add(before)

@@ -7491,6 +7491,23 @@ def test_what_is_not_a_mail_with_a_dot_holds_none(spool, status, name):
     assert not status.queue.mails
 
 
+def test_a_mail_that_is_held_is_known_though_another_is_renamed_to_its_name(spool, status):
+    spooler, asked = partly_delivered(spool, status)
+    (spool / "m1").rename(spool / ".m1")
+    spooler.scan()
+    put(spool, "m2", mail("c@x.org"))
+    send = spooler.relay.send
+    spooler.relay.send = lambda *mail: ((spool / "m2").rename(spool / "m1"), send(*mail))[1]
+    handle(spooler, "m2")
+    spooler.relay.send = send
+    assert asked[1:] == [["c@x.org"]] and names(spool) == []
+    (spool / ".m1").rename(spool / "m1")
+    handle(spooler, "m1")
+    spooler.queue.flush()
+    handle(spooler, "m1")
+    assert asked[2:] == [["b@x.org"]] and names(spool) == []
+
+
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
