@@ -5381,6 +5381,8 @@ class Lookout:
                 known, envelope = identity(status), mail.envelope()
                 mail.print = hash(known)
                 if isinstance(envelope, dict) and is_changed(envelope := {"Stat": "", **envelope}, known):
+                    self.queue.lose(mail)  # it may come by another name
+                    mail = self.queue.add(mail.path)
                     mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
                     self.queue.rest(mail, 0.0)
                     mail.forced = True

@@ -7263,7 +7263,8 @@ def test_a_file_in_the_place_of_one_that_is_held_is_another_mail(spool, status):
     put(spool, "other", mail("b@x.org"))
     (spool / "other").rename(spool / "m1")
     spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
-    assert (held.state, held.forced) == (spoolgore.RESTING, True)
+    new = spooler.queue.mails[held.path]
+    assert (held.state, new.state, new.forced) == (spoolgore.LEFT, spoolgore.RESTING, True)
     handle(spooler, "m1")
     assert re.findall(rb"RCPT TO:<(.*)>", spooler.relay.stream.getvalue()) == [b"b@x.org"] and names(spool) == []
 
@@ -7506,6 +7507,20 @@ def test_a_mail_that_is_held_is_known_though_another_is_renamed_to_its_name(spoo
     spooler.queue.flush()
     handle(spooler, "m1")
     assert asked[2:] == [["b@x.org"]] and names(spool) == []
+
+
+def test_a_mail_that_is_held_is_known_when_it_comes_back_beside_a_new_one_of_its_name(spool, status):
+    spooler, asked = partly_delivered(spool, status)
+    (spool / "m1").rename(spool / ".m1")
+    spooler.scan()
+    put(spool, "m1", mail("c@x.org"))
+    spooler.scan()
+    handle(spooler, "m1")
+    (spool / ".m1").rename(spool / "m2")
+    handle(spooler, "m2")
+    spooler.queue.flush()
+    handle(spooler, "m2")
+    assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == []
 
 
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
