@@ -1714,10 +1714,13 @@ class Status:
 
     def load(self):
         """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
-        home = look(os.path.realpath(self.spool.directory))
+        home, held = look(os.path.realpath(self.spool.directory)), ()
+        with contextlib.suppress(OSError):  # what is at their paths by now may be other mails
+            held = self.spool.held()
         for path, packed in self._read("the daemon was killed in mid-transaction: the mail may have arrived"):
             if path not in self.queue.mails:
-                self.queue.become(mail := self.queue.add(path, packed), self._at_rest(path))
+                state = ASIDE if path in held else self._at_rest(path)
+                self.queue.become(mail := self.queue.add(path, packed), state)
                 if home and (known := file_that_somebody_has(packed, home.st_dev)):
                     self.queue.identify(mail, known)
 

@@ -7523,6 +7523,26 @@ def test_a_mail_that_is_held_is_known_when_it_comes_back_beside_a_new_one_of_its
     assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == []
 
 
+def test_a_new_mail_of_the_name_of_one_that_is_held_over_a_restart_goes_to_its_own_recipients(spool, status):
+    status.path = str(spool / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status)
+    (spool / "m1").rename(spool / ".m1")
+    status.save()
+    os.close(spooler.spool._lock)
+    again = spoolgore.Status(spoolgore.Queue(), status.spool)
+    put(spool, "m1", mail("c@x.org"))
+    again.load()
+    after = spooler_of(spool, again)
+    after.keep, after.relay, again.commit = spooler.keep, spooler.relay, status.commit
+    after.scan()
+    handle(after, "m1")
+    (spool / ".m1").rename(spool / "m1")
+    handle(after, "m1")
+    after.queue.flush()
+    handle(after, "m1")
+    assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == []
+
+
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
