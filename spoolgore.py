@@ -1249,8 +1249,11 @@ def is_changed(envelope, identity):
     return envelope.get("Stat") == CHANGED
 
 
-def may_be_anothers(envelope, identity):
-    """Whether its file may be another mail: it was changed while it was out of sight, or when nobody waited for it."""
+def may_be_anothers(envelope, identity, message_id):
+    """Whether its file may be another mail: it has another Message-ID, or was changed out of sight, or when nobody
+    waited for it."""
+    if message_id and recipients(envelope) and message_id != envelope.get("MessageID", message_id):
+        return True
     waits = envelope.get("Stat") != CHANGED and state_of_all(envelope) == WAITING
     return bool(recipients(envelope)) and not waits and is_changed(envelope, identity)
 
@@ -4971,7 +4974,7 @@ class Delivery:
         envelope = mail.envelope()
         if problem := envelope_problem(envelope):
             raise CorruptStatus(problem)
-        if may_be_anothers(envelope, mail.identity):
+        if may_be_anothers(envelope, mail.identity, self.message.message_id):
             return judged(mail, envelope, self.message, self.spooler.clock())
         renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):

@@ -7388,6 +7388,16 @@ def test_a_new_mail_of_the_name_of_one_that_is_settled_and_cannot_go(
     assert asked == [["a@x.org", "b@x.org"], *([sent] if sent else [])] and names(spool) == given_up(spool) == []
 
 
+def test_another_mail_that_replaces_one_that_waits_goes_to_everybody(spool, status):
+    """It has another Message-ID: that somebody has the first one says nothing."""
+    spooler, asked = partly_delivered(spool, status, **SAME_ID)
+    put(spool, "m2", mail("a@x.org, c@x.org", **{"Message-ID": "<next@x.org>"}))
+    (spool / "m2").rename(spool / "m1")
+    spooler.queue.flush()
+    handle(spooler, "m1")
+    assert asked[1:] == [["a@x.org", "c@x.org"]] and names(spool) == []
+
+
 def test_a_mail_that_is_touched_in_mid_transaction_and_held_over_a_restart(spool, status):
     later = time.time() + 9
     spooler, asked = partly_delivered(spool, status, meanwhile=lambda: os.utime(spool / "m1", (later, later)))
