@@ -1177,7 +1177,8 @@ def has_recipients(envelope):
 
 
 def is_partly_delivered(envelope):
-    return isinstance(envelope, dict) and DELIVERED in map(state, recipients(envelope))
+    """An edit may have made anything of it."""
+    return not envelope_problem(envelope) and DELIVERED in map(state, recipients(envelope))
 
 
 def next_attempt(envelope):
@@ -1248,6 +1249,15 @@ def is_changed(envelope, identity):
     return envelope.get("Stat") == CHANGED
 
 
+def may_be_anothers(envelope, identity, message_id):
+    """Whether its file may be another mail: it has another Message-ID, or was changed out of sight, or when nobody
+    waited for it."""
+    if message_id and recipients(envelope) and message_id != envelope.get("MessageID", message_id):
+        return True
+    waits = envelope.get("Stat") != CHANGED and state_of_all(envelope) == WAITING
+    return bool(recipients(envelope)) and not waits and is_changed(envelope, identity)
+
+
 def interrupted(envelope, error=""):
     """What was in flight waits again; without an error it keeps the one that it had."""
     for recipient in recipients(envelope):
@@ -1286,7 +1296,7 @@ def recipient_problem(recipient):
 
 def merge(edited, live, has_news):
     """The edited entry, with what happened since it was written: who is in flight in the live entry stays as he is
-    there, and, if it has news that the file does not know, who has the mail.
+    there, and, if it has news that the file does not know, who has the mail. What it knows of its file is newer, too.
 
     Every recipient of the live entry stays the same dict, since the mail's delivery may hold it.
     """
@@ -1311,7 +1321,7 @@ def merge(edited, live, has_news):
     unnamed = {id(recipient) for left in known.values() for recipient in left if is_fixed(recipient)}
     for key in FIELDS:
         edited[key] += [recipient for recipient in live.get(key) or () if id(recipient) in unnamed]
-    return edited
+    return {**edited, **{key: live[key] for key in ("MessageID", "Stat") if key in live}}
 
 
 # ------------------------------------------------------------------- queue
@@ -1428,7 +1438,7 @@ class Queue:
         that was freed until it finds its own."""
         other, before = self.mails.get(path, mail), mail.path
         if other is not mail and other.state != FLYING:
-            self.drop(other)
+            self.lose(other)  # it may be held
         if self.mails.get(before) is mail:
             del self.mails[before]
             self.dropped.add(before)
@@ -1473,7 +1483,8 @@ class Queue:
         mail.due = until
         heapq.heappush(self.times, (until, next(self.numbers), mail))
         if len(self.times) > 100 + 2 * self.counts[RESTING]:
-            self.times = [time for time in self.times if time[2].state == RESTING and time[2].due == time[0]]
+            valid = {time[2]: time for time in self.times if time[2].state == RESTING and time[2].due == time[0]}
+            self.times = [*valid.values()]
             heapq.heapify(self.times)
 
     def next_due(self):
@@ -1619,9 +1630,9 @@ def text_in(text):
 
 def file_that_somebody_has(packed, device):
     """The identity of the file of a partly delivered mail, by its packed entry; None if that does not say."""
-    if b'"Status": 2' not in packed or envelope_problem(envelope := unpack(packed)):
+    if b'"Status": 2' not in packed or not is_partly_delivered(envelope := unpack(packed)):
         return None
-    return identity_in(envelope, device) if is_partly_delivered(envelope) else None
+    return identity_in(envelope, device)
 
 
 def read_status(path, owners=None):
@@ -1706,11 +1717,14 @@ class Status:
 
     def load(self):
         """Read the file; a file that is not there is an empty status. Raises CorruptStatus, OSError."""
-        home = look(os.path.realpath(self.spool.directory))
+        home, held = look(os.path.realpath(self.spool.directory)), ()
+        with contextlib.suppress(OSError):  # what is at their paths by now may be other mails
+            held = self.spool.held()
         for path, packed in self._read("the daemon was killed in mid-transaction: the mail may have arrived"):
             if path not in self.queue.mails:
-                self.queue.become(mail := self.queue.add(path, packed), self._at_rest(path))
-                if home and mail.state == RESTING and (known := file_that_somebody_has(packed, home.st_dev)):
+                state = ASIDE if path in held else self._at_rest(path)
+                self.queue.become(mail := self.queue.add(path, packed), state)
+                if home and (known := file_that_somebody_has(packed, home.st_dev)):
                     self.queue.identify(mail, known)
 
     def reload(self):
@@ -1792,6 +1806,8 @@ class Status:
         self.wanted.clear()
         self.urgent.clear()
         try:
+            if self.is_inside() and not self.spool.is_home():  # what is mounted there by now has a status of its own
+                raise self.spool.away()
             off_the_hub(write_status, self.path, self._packed(), self.spool.directory if dropped else "")
             self.written = epoch
             self._complain("")
@@ -1812,6 +1828,10 @@ class Status:
             if reason:
                 log(f"unable to write status file, {reason} (it is tried again)")
             self.on_news()
+
+    def is_inside(self):
+        """Whether the file is in the spool, and goes where that goes."""
+        return os.path.dirname(self.path) == self.spool.directory
 
     def knows_all(self):
         """Whether the latest write succeeded, and nothing has changed since."""
@@ -2384,12 +2404,15 @@ class Spool:
         """look(), but that the whole directory may be away says nothing of what is in it. Raises OSError."""
         status = look(path)
         if status is None and not self.still_locked():
-            raise FileNotFoundError(errno.ENOENT, "it is away or was made again", self.directory)
+            raise self.away()
         return status
 
+    def away(self):
+        return FileNotFoundError(errno.ENOENT, "it is away or was made again", self.directory)
+
     def is_home(self):
-        """Whether the directory is the one that was locked."""
-        return os.path.samestat(os.stat(self.directory), self._home)
+        """Whether the directory is the one that was locked, if it was. Raises OSError."""
+        return not self._home or os.path.samestat(os.stat(self.directory), self._home)
 
     # -- one mail's file
 
@@ -4799,13 +4822,13 @@ def name_message(mail, message):
 
 
 def judged(mail, envelope, message, now):
-    """The file was changed while it was held or in .failed: is it the same mail? In doubt it is another one. Returns
-    the entry that it has from now on."""
+    """The file was changed while it was held, in .failed, or settled: is it the same mail? In doubt it is another one.
+    Returns the entry that it has from now on."""
     is_same = bool(message.message_id) and message.message_id == envelope.get("MessageID")
     verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
     if not is_same and (has := [each["Address"] for each in recipients(envelope) if state(each) == DELIVERED]):
         verdict += f", and goes to {', '.join(has)} again"
-    log(f"{named(mail.path)} was changed while it was away, and {verdict}")
+    log(f"{named(mail.path)} was changed meanwhile, and {verdict}")
     return changed(envelope, message, is_same, now)
 
 
@@ -4891,7 +4914,7 @@ class Delivery:
             # two names of one file are one mail: this one goes when the other does, and what is known of it is kept
             return queue.drop(mail) if mail.entry is None else self.rest(max(1, self.spooler.options.freq))
         queue.drop(mail)
-        queue.rename(other, mail.path)
+        self.spooler.lookout.rename(other, mail.path)
         if other.state == FLYING:
             return False
         queue.taking = other if queue.taking is mail else queue.taking
@@ -4951,7 +4974,7 @@ class Delivery:
         envelope = mail.envelope()
         if problem := envelope_problem(envelope):
             raise CorruptStatus(problem)
-        if envelope.get("Stat") == CHANGED and recipients(envelope):
+        if may_be_anothers(envelope, mail.identity, self.message.message_id):
             return judged(mail, envelope, self.message, self.spooler.clock())
         renew(envelope, self.message, self.spooler.clock())
         if others := unknown_to(envelope, self.message):
@@ -5286,7 +5309,8 @@ class Lookout:
             if other != mail.path:
                 os.unlink(other)
         path, aside = mail.path, self.spool.put_aside(mail.path)
-        self.queue.forget(mail)
+        if not is_partly_delivered(mail.envelope()):  # else it may come back by any name
+            self.queue.forget(mail)
         self.queue.rename(mail, aside)
         self.queue.become(mail, ASIDE)
         log(f"{named(path)} moved to {named(aside)}")
@@ -5321,14 +5345,20 @@ class Lookout:
     def take_back(self, mail):
         """If its file was moved here from .failed, it has the entry that it had there. Raises OSError."""
         aside = self.queue.mails.get(self.spool.failed_path(mail.path))
-        if aside and not has_recipients(mail.envelope()) and not look(aside.path):
-            envelope = aside.envelope()
+        if aside and not has_recipients(mail.envelope()) and not look(aside.path) and (status := look(mail.path)):
+            envelope, is_other = aside.envelope(), False
             if not envelope_problem(envelope):
                 requeue(envelope, self.spooler.clock())
-                if status := look(mail.path):
-                    is_changed(envelope, identity(status))
+                is_other = is_changed(envelope, identity(status))
             mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
-            self.queue.drop(aside)
+            (self.queue.lose if is_other else self.queue.drop)(aside)  # it may be here by another name
+
+    def rename(self, mail, path):
+        """Its file has this name in the spool. If it lay in .failed, whoever was given up waits again."""
+        if is_aside(mail.path) and not envelope_problem(envelope := mail.envelope()):
+            requeue(envelope, self.spooler.clock())
+            mail.entry = pack(mail.path, envelope)
+        self.queue.rename(mail, path)
 
     # -- what its user holds, by a dot before its name
 
@@ -5340,11 +5370,9 @@ class Lookout:
         if mail.entry is None or len(name.encode("utf-8", "replace")) >= NAME_LIMIT or not self.spool.is_held(path):
             return False
         if parent == self.spool.failed:  # moved from there, to be mended
-            if path in self.queue.mails or envelope_problem(envelope := mail.envelope()):
+            if path in self.queue.mails or envelope_problem(mail.envelope()):
                 return False
-            requeue(envelope, self.spooler.clock())
-            mail.entry = pack(mail.path, envelope)
-            self.queue.rename(mail, path)
+            self.rename(mail, path)
         elif mail.state == ASIDE:
             return True
         else:
@@ -5359,7 +5387,9 @@ class Lookout:
                 known, envelope = identity(status), mail.envelope()
                 mail.print = hash(known)
                 if isinstance(envelope, dict) and is_changed(envelope := {"Stat": "", **envelope}, known):
-                    mail.entry = pack(mail.path, envelope)
+                    self.queue.lose(mail)  # it may come by another name
+                    mail = self.queue.add(mail.path)
+                    mail.entry, mail.news = pack(mail.path, envelope), self.queue.epoch
                     self.queue.rest(mail, 0.0)
                     mail.forced = True
                 else:
@@ -5517,7 +5547,7 @@ class Spooler:
     def due_at(self, mail):
         """When a mail that waits is due by its entry; now, for all, if the clock was ahead when that was written."""
         envelope, now = mail.envelope(), self.clock()
-        due = 0.0 if envelope_problem(envelope) else next_attempt(envelope)
+        due = 0.0 if envelope_problem(envelope) or envelope.get("Stat") == CHANGED else next_attempt(envelope)
         if due > now + LONGEST_DELAY and enqueued(envelope) > now + CLOCK_STEP_SECONDS:
             due, mail.forced = 0.0, True
         return due
@@ -5660,7 +5690,8 @@ class Spooler:
 
     def reopen(self):
         """Take the lock again. If the directory is another one than before, removed and made again or mounted, its
-        status file counts; else only the lock was removed."""
+        status file counts; one elsewhere forgets the mails now, and may need them when the directory is back. Else only
+        the lock was removed."""
         same = self.spool.is_home()
         self.spool.lock()
         if watch := self.keepers.pop("watch", None):
@@ -5668,7 +5699,7 @@ class Spooler:
         if same:
             return
         for mail in [mail for mail in self.queue.mails.values() if mail.state != FLYING]:
-            self.queue.drop(mail)
+            (self.queue.drop if self.status.is_inside() else self.queue.lose)(mail)
         self.queue.dropped.clear()
         self.take_edit(is_last=True)
         self.queue.look_again(self.due_at)

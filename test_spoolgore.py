@@ -4617,6 +4617,43 @@ def test_the_spool_is_removed_and_made_again(spool, relay, start):
     assert len(said(daemon, "unable to access")) == 2
 
 
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_who_has_a_mail_is_known_when_the_spool_was_away_and_another_in_its_place(spool, status, tmp_path, is_inside):
+    """As the directory below a mount point is."""
+    status.path = str((spool if is_inside else tmp_path) / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status)
+    status.save()
+    spool.rename(tmp_path / "away")
+    spool.mkdir()
+    for _ in range(2):
+        spooler.scan()
+        status.save()
+    assert not status.queue.mails
+    shutil.rmtree(spool)
+    (tmp_path / "away").rename(spool)
+    spooler.scan()
+    handle(spooler, "m1")
+    assert len(asked) == 1  # b@x.org's time has not come
+    spooler.queue.flush()
+    handle(spooler, "m1")
+    assert asked == [["a@x.org", "b@x.org"], ["b@x.org"]] and names(spool) == []
+
+
+def test_the_status_of_what_is_mounted_over_the_spool_is_not_written_over(spool, status, tmp_path, logged):
+    status.path = str(spool / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status)
+    spool.rename(tmp_path / "below")
+    spool.mkdir()
+    write_entries(spool, {"m9": envelope_to(addressee(status=2), addressee("late@x.org"))})
+    put(spool, "m9", mail("a@x.org, late@x.org"))
+    status.save()
+    assert logged()[-1] == f"unable to write status file, it is away or was made again: {spool} (it is tried again)"
+    spooler.scan()
+    handle(spooler, "m9")
+    status.save()
+    assert not status.complaint and asked == [["a@x.org", "b@x.org"], ["late@x.org"]]
+
+
 def test_a_spool_that_is_away_is_looked_for_however_rare_the_scans_are(spool, relay, start):
     daemon = start(
         "-smtpaddr", relay.address, "-freq", 3600, python=changed("PROBE_SECONDS = 10 ", "PROBE_SECONDS = 0.2 ")
@@ -5704,6 +5741,48 @@ def test_a_mail_that_is_moved_back_between_two_looks_is_known(spool, status):
     assert not spooler.queue.mails
 
 
+@pytest.mark.parametrize("sight", ["event", "scan", "restart"])
+def test_a_mail_that_is_moved_back_under_another_name_goes_to_those_who_failed(spool, status, sight):
+    """Another mail may have its name by now, in the spool or in .failed."""
+    status.path = str(spool / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status, "-attempts", "1")
+    if sight == "restart":
+        status.save()
+        os.close(spooler.spool._lock)
+        before, status = spooler, spoolgore.Status(spoolgore.Queue(), status.spool)
+        status.load()
+        spooler = spooler_of(spool, status)
+        spooler.keep, spooler.relay, status.commit = before.keep, before.relay, before.status.commit
+    (spool / ".failed/m1").rename(spool / "m2")
+    if sight == "event":
+        spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m2")
+    else:
+        spooler.scan()
+    handle(spooler, "m2")
+    spooler.scan()
+    assert asked == [["a@x.org", "b@x.org"], ["b@x.org"]]
+    assert names(spool) == given_up(spool) == [] and not status.queue.mails
+
+
+def test_a_mail_that_is_moved_back_and_renamed_at_once_goes_to_those_who_failed(spool, status):
+    spooler, asked = partly_delivered(spool, status, "-attempts", "1")
+    (spool / ".failed/m1").rename(spool / "m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
+    (spool / "m1").rename(spool / "m2")
+    handle(spooler, "m1")
+    handle(spooler, "m2")
+    assert asked[1:] == [["b@x.org"]] and names(spool) == given_up(spool) == [] and not status.queue.mails
+
+
+def test_a_new_mail_of_the_name_of_one_that_is_moved_back_under_another_name(spool, status):
+    spooler, asked = partly_delivered(spool, status, "-attempts", "1")
+    put(spool, "m1", mail("c@x.org"))
+    (spool / ".failed/m1").rename(spool / "m2")
+    handle(spooler, "m1")
+    handle(spooler, "m2")
+    assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == given_up(spool) == []
+
+
 def test_a_writer_that_ends_while_the_file_is_opened(spool, monkeypatch):
     """What is known of the file is what he left, else it looks like another one when it was sent."""
     path = spool / "m1"
@@ -6360,7 +6439,9 @@ def test_a_mail_that_is_back_from_failed_and_gone_again(spool, status):
     spooler = spooler_of(spool, status)
     aside(status, spool, ("a@x.org", 2, ""), ("b@x.org", 2, "550 no"))
     handle(spooler, "m1")
-    assert status.queue.mails == {} and sent_by(spooler) == []
+    assert list(status.queue.mails) == [str(spool / ".failed/m1")] and sent_by(spooler) == []
+    spooler.lookout.take_stock([])
+    assert status.queue.mails == {}
 
 
 @pytest.mark.parametrize("problem", ["its name is taken", "its entry is malformed", ""])
@@ -7151,6 +7232,15 @@ def test_a_mail_that_is_held_comes_back_as_it_was(spool, status, release):
     assert held.envelope() == entry_due(NOW + 600, Stat=mark_of(spool / "m1")) and held.state == spoolgore.RESTING
 
 
+def test_a_mail_that_rests_again_and_again_until_the_same_time_takes_no_more_room(spool, status):
+    spooler = spooler_of(spool, status)
+    held = waiting_mail(spooler)
+    for _ in range(200):
+        spooler.queue.become(held, spoolgore.ASIDE)
+        spooler.lookout.release(held)
+    assert held.due == NOW + 600 and len(spooler.queue.times) <= 103
+
+
 def test_another_file_with_a_dot_is_not_the_mail_that_was_there(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
@@ -7173,7 +7263,8 @@ def test_a_file_in_the_place_of_one_that_is_held_is_another_mail(spool, status):
     put(spool, "other", mail("b@x.org"))
     (spool / "other").rename(spool / "m1")
     spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
-    assert (held.state, held.forced) == (spoolgore.RESTING, True)
+    new = spooler.queue.mails[held.path]
+    assert (held.state, new.state, new.forced) == (spoolgore.LEFT, spoolgore.RESTING, True)
     handle(spooler, "m1")
     assert re.findall(rb"RCPT TO:<(.*)>", spooler.relay.stream.getvalue()) == [b"b@x.org"] and names(spool) == []
 
@@ -7250,8 +7341,8 @@ def test_a_mail_that_is_changed_while_it_is_held(spool, status, logged, origin, 
     assert released(spool, spooler, asked) == sent and not spooler.queue.mails
     again = "is taken for a new mail, and goes to a@x.org again"
     verdict = again if "a@x.org" in sent else "has the same Message-ID: nobody gets it twice"
-    lines = [line for line in logged() if "while it was away" in line]
-    wanted = [f"{spool}/m1 was changed while it was away, and {verdict}"]
+    lines = [line for line in logged() if "changed meanwhile" in line]
+    wanted = [f"{spool}/m1 was changed meanwhile, and {verdict}"]
     assert lines == (wanted if lines or "a@x.org" in sent else [])
 
 
@@ -7266,7 +7357,45 @@ def test_a_new_mail_of_the_name_of_one_that_is_held_and_everybody_has(spool, sta
     written_anew(spool / ".m1")
     assert released(spool, spooler, asked) == ["a@x.org", "b@x.org"]
     verdict = "is taken for a new mail, and goes to a@x.org, b@x.org again"
-    assert f"{spool}/m1 was changed while it was away, and {verdict}" in logged()
+    assert f"{spool}/m1 was changed meanwhile, and {verdict}" in logged()
+
+
+@pytest.mark.parametrize(
+    "fault, end, fields, sent",
+    [
+        ("unlink", "DELIVERED", {}, ["b@x.org"]),
+        ("unlink", "DELIVERED", SAME_ID, []),  # the same mail, with another body or so
+        ("mkdir", "REFUSED", {}, ["b@x.org"]),
+        ("mkdir", "REFUSED", SAME_ID, ["b@x.org"]),
+    ],
+)
+def test_a_new_mail_of_the_name_of_one_that_is_settled_and_cannot_go(
+    spool, status, monkeypatch, fault, end, fields, sent
+):
+    spooler, asked, verdicts = spooler_of(spool, status, "-attempts", "1"), [], [end, "DELIVERED"]
+
+    def send(sender, addresses, message):
+        asked.append(addresses)
+        return dict.fromkeys(addresses, spoolgore.Outcome(spoolgore.Verdict[verdicts.pop(0)], "550 no"))
+
+    spooler.relay.send, status.commit = send, lambda mail: True
+    put(spool, "m1", mail("a@x.org, b@x.org", **fields))
+    with failing(monkeypatch, fault, errno.EACCES):
+        handle(spooler, "m1")
+    put(spool, "m2", mail("b@x.org", body="The next one.\n", **fields))
+    (spool / "m2").rename(spool / "m1")
+    handle(spooler, "m1")
+    assert asked == [["a@x.org", "b@x.org"], *([sent] if sent else [])] and names(spool) == given_up(spool) == []
+
+
+def test_another_mail_that_replaces_one_that_waits_goes_to_everybody(spool, status):
+    """It has another Message-ID: that somebody has the first one says nothing."""
+    spooler, asked = partly_delivered(spool, status, **SAME_ID)
+    put(spool, "m2", mail("a@x.org, c@x.org", **{"Message-ID": "<next@x.org>"}))
+    (spool / "m2").rename(spool / "m1")
+    spooler.queue.flush()
+    handle(spooler, "m1")
+    assert asked[1:] == [["a@x.org", "c@x.org"]] and names(spool) == []
 
 
 def test_a_mail_that_is_touched_in_mid_transaction_and_held_over_a_restart(spool, status):
@@ -7334,6 +7463,23 @@ def test_a_mail_that_is_held_corrected_and_released_before_any_scan(spool, statu
     assert sent_by(spooler) == ["right@x.org"]
 
 
+@pytest.mark.parametrize("is_suspended", [False, True])
+def test_a_mail_that_is_corrected_just_before_the_status_is_read_again(spool, status, is_suspended):
+    """The file does not know yet that the mail was changed."""
+    spooler, asked = partly_delivered(spool, status, **SAME_ID)
+    status.path = str(spool / ".spoolgore.js")
+    spooler.suspend() if is_suspended else status.save()
+    (spool / "m1").rename(spool / ".m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_FROM, "m1")
+    replaced(spool / ".m1", "b@x.org", "c@x.org")
+    (spool / ".m1").rename(spool / "m1")
+    spooler.lookout.noticed(spoolgore.Watch.MOVED_TO, "m1")
+    spooler.reload()
+    assert spooler.queue.next_due() == 0
+    handle(spooler, "m1")
+    assert asked == [["a@x.org", "b@x.org"], ["c@x.org"]] and names(spool) == []
+
+
 @pytest.mark.parametrize("name", ["m2", "elsewhere/m1"])
 def test_a_mail_that_is_renamed_but_not_held_is_left_to_the_scan(spool, status, name):
     spooler = spooler_of(spool, status)
@@ -7354,6 +7500,57 @@ def test_what_is_not_a_mail_with_a_dot_holds_none(spool, status, name):
     assert spooler.spool.held() == set()
     spooler.scan()
     assert not status.queue.mails
+
+
+def test_a_mail_that_is_held_is_known_though_another_is_renamed_to_its_name(spool, status):
+    spooler, asked = partly_delivered(spool, status)
+    (spool / "m1").rename(spool / ".m1")
+    spooler.scan()
+    put(spool, "m2", mail("c@x.org"))
+    send = spooler.relay.send
+    spooler.relay.send = lambda *mail: ((spool / "m2").rename(spool / "m1"), send(*mail))[1]
+    handle(spooler, "m2")
+    spooler.relay.send = send
+    assert asked[1:] == [["c@x.org"]] and names(spool) == []
+    (spool / ".m1").rename(spool / "m1")
+    handle(spooler, "m1")
+    spooler.queue.flush()
+    handle(spooler, "m1")
+    assert asked[2:] == [["b@x.org"]] and names(spool) == []
+
+
+def test_a_mail_that_is_held_is_known_when_it_comes_back_beside_a_new_one_of_its_name(spool, status):
+    spooler, asked = partly_delivered(spool, status)
+    (spool / "m1").rename(spool / ".m1")
+    spooler.scan()
+    put(spool, "m1", mail("c@x.org"))
+    spooler.scan()
+    handle(spooler, "m1")
+    (spool / ".m1").rename(spool / "m2")
+    handle(spooler, "m2")
+    spooler.queue.flush()
+    handle(spooler, "m2")
+    assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == []
+
+
+def test_a_new_mail_of_the_name_of_one_that_is_held_over_a_restart_goes_to_its_own_recipients(spool, status):
+    status.path = str(spool / ".spoolgore.js")
+    spooler, asked = partly_delivered(spool, status)
+    (spool / "m1").rename(spool / ".m1")
+    status.save()
+    os.close(spooler.spool._lock)
+    again = spoolgore.Status(spoolgore.Queue(), status.spool)
+    put(spool, "m1", mail("c@x.org"))
+    again.load()
+    after = spooler_of(spool, again)
+    after.keep, after.relay, again.commit = spooler.keep, spooler.relay, status.commit
+    after.scan()
+    handle(after, "m1")
+    (spool / ".m1").rename(spool / "m1")
+    handle(after, "m1")
+    after.queue.flush()
+    handle(after, "m1")
+    assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == []
 
 
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
@@ -8081,6 +8278,18 @@ def test_malformed_entries_hold_their_mails_and_stop_nobody(spool, relay, start,
     assert daemon.stop() == 0
     assert daemon.status() == {"garbage": [1]}
     assert asked_for(relay.recorder) == sorted(f"{name}@x.org" for name in [*MALFORMED, "fine"])
+
+
+@pytest.mark.parametrize("name", ["m1", ".failed/m1"])
+@pytest.mark.parametrize("entry", [entry for entry, _ in MALFORMED.values()], ids=MALFORMED)
+def test_a_mail_with_a_malformed_entry_that_is_gone_stops_nobody(spool, status, name, entry):
+    spooler = spooler_of(spool, status)
+    spooler.keep = lambda name, work: None
+    state = spoolgore.RESTING if name == "m1" else spoolgore.ASIDE
+    status.queue.become(put_entry(status, str(spool / name), entry), state)
+    put(spool, "m2", mail("a@x.org"))
+    spooler.scan()
+    assert [Path(path).name for path in status.queue.mails] == ["m2"]
 
 
 def test_a_number_with_too_many_digits_harms_its_own_mail_only(spool, relay, run):
