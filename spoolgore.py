@@ -5446,15 +5446,16 @@ class Spooler:
         self.queue.look_again(self.due_at)
         self.keep("watch", self.lookout.watch)
         gevent.sleep(0)  # it begins before the first look
-        self.round()
+        self.wake.set()
         while not self.finished():
-            self.wake.wait(self.idle_seconds())
-            self.wake.clear()
             try:
+                self.wake.wait(self.idle_seconds())
+                self.wake.clear()
                 self.round()
             except Exception:  # noqa: BLE001 -- the loop goes on whatever it met
                 log.traceback("unexpected error in the loop")
                 gevent.sleep(QUIET_SECONDS)
+                self.wake.set()
         self.stop()
         return self.exit_status or (EX_TEMPFAIL if self.options.once and self.remains() else EX_OK)
 
@@ -5668,6 +5669,7 @@ class Spooler:
 
     def scan(self):
         started, freq = time.monotonic(), self.options.freq
+        self.next_scan = self.clock() + freq  # whatever this one meets, the rest of the loop has its turns
         try:
             if not self.spool.still_locked():
                 self.reopen()

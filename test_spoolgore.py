@@ -6480,6 +6480,16 @@ def test_the_loop_goes_on_whatever_it_meets(spool, status, monkeypatch, logged):
     assert logged()[0] == "unexpected error in the loop" and "LookupError: odd" in logged()
 
 
+def test_a_scan_that_fails_for_an_unknown_reason_does_not_keep_the_mails(spool, status, monkeypatch, logged):
+    monkeypatch.setattr(spoolgore, "QUIET_SECONDS", 0)
+    put(spool, "m1", mail())
+    spooler = spooler_of(spool, status, "-once")
+    status.queue.line_up(status.queue.add(str(spool / "m1")), status.queue.fresh)
+    with failing(monkeypatch, "take_stock", LookupError("odd"), module=spooler.lookout):
+        spooler.run()
+    assert not (spool / "m1").exists() and "LookupError: odd" in logged()
+
+
 def test_what_gevent_and_python_cannot_raise_is_a_line_each(spool, status, logged, monkeypatch):
     for place, name in ((sys, "unraisablehook"), (gevent.get_hub(), "print_exception")):
         monkeypatch.setattr(place, name, None)
