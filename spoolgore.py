@@ -4826,10 +4826,14 @@ def judged(mail, envelope, message, now):
     Returns the entry that it has from now on."""
     is_same = bool(message.message_id) and message.message_id == envelope.get("MessageID")
     verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
-    if not is_same and (has := [each["Address"] for each in recipients(envelope) if state(each) == DELIVERED]):
-        verdict += f", and goes to {', '.join(has)} again"
+    fresh, has = (
+        changed(envelope, message, is_same, now),
+        {each["Address"]: state(each) for each in recipients(envelope)},
+    )
+    if again := [to for to in map(ADDRESS, recipients(fresh)) if not is_same and has.get(to) == DELIVERED]:
+        verdict += f", and goes to {', '.join(again)} again"
     log(f"{named(mail.path)} was changed meanwhile, and {verdict}")
-    return changed(envelope, message, is_same, now)
+    return fresh
 
 
 class Delivery:
