@@ -54,6 +54,7 @@ class Busy:
         self.step_seconds = STEP_SECONDS
         self.renames = True  # whether waiting mails are renamed
         self.may_miss_news = False  # whether -failcommand may have missed what happened
+        self.may_lose_disk = False  # with which the command may still be running
         self.pause = 0  # seconds in which nothing happens, in the middle and at the end
 
     def failcommand(self):
@@ -332,9 +333,9 @@ class Busy:
         times = collections.Counter()
         for told in self.told():
             text, there = told.read_text(), Path(f"{told}.failed").read_text().split()
-            is_disk_gone = "Input/output error" in Path(f"{told}.errors").read_text()
+            could_not_look = self.may_lose_disk and Path(f"{told}.errors").read_text()
             for name, address in GIVEN_UP:
-                if address not in text or is_disk_gone:
+                if address not in text or could_not_look:
                     continue
                 times[name] += 1
                 entry = read_status(f"{told}.status").get(self.path_in_failed(name), {})

@@ -583,7 +583,7 @@ def shut_down(directory):
 
 def run_real(workshop, case, options):
     busy = Busy(workshop, case.dialect, options.features, case.mode == "elsewhere", Lasting()).without_rate()
-    busy.may_miss_news = True
+    busy.may_miss_news = busy.may_lose_disk = True
     image, cut = busy.home / "image", PowerCut(case.number, busy.spool)
     with contextlib.closing(busy), explained(lambda: f"cut before {cut.last or 'nothing'}", busy.words):
         make_file_system(image)
