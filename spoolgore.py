@@ -4913,7 +4913,7 @@ class Delivery:
         if other.state != LEFT and (there := look(other.path)) and identity(there)[:2] == known[:2]:
             # two names of one file are one mail: this one goes when the other does, and what is known of it is kept
             return queue.drop(mail) if mail.entry is None else self.rest(max(1, self.spooler.options.freq))
-        queue.drop(mail)
+        queue.lose(mail)  # its file may be here by another name: two may have been swapped
         self.spooler.lookout.rename(other, mail.path)
         if other.state == FLYING:
             return False

@@ -7563,6 +7563,19 @@ def test_a_new_mail_of_the_name_of_one_that_is_held_over_a_restart_goes_to_its_o
     assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == []
 
 
+def test_two_partly_delivered_mails_that_swap_their_names_go_to_nobody_twice(spool, status):
+    spooler, asked = partly_delivered(spool, status)
+    asked.clear()
+    put(spool, "m2", mail("c@x.org, b@x.org"))
+    handle(spooler, "m2")
+    for old, new in [("m1", ".t"), ("m2", "m1"), (".t", "m2")]:
+        (spool / old).rename(spool / new)
+    spooler.queue.flush()
+    for name in ("m1", "m2"):
+        handle(spooler, name)
+    assert asked == [["c@x.org", "b@x.org"], ["b@x.org"], ["b@x.org"]] and names(spool) == []
+
+
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)
