@@ -3422,6 +3422,24 @@ def test_reload_of_a_malformed_entry_leaves_a_mail_in_flight_alone(status):
     assert states_of(status, "/spool/m1") == {"a@x.org": "in flight"}
 
 
+@pytest.mark.parametrize("is_live", [True, False])
+def test_reload_gives_a_mail_no_recipients_of_another_one_that_had_its_name(status, is_live):
+    saved_status(status, {"/spool/m1": envelope_to(addressee("old@x.org"), MessageID="<1@x.org>")})
+    mail = status.queue.mails["/spool/m1"]
+    mail.entry = spoolgore.pack(mail.path, envelope_to(addressee("a@x.org"), MessageID="<2@x.org>"))
+    if is_live:
+        take_live(status, "/spool/m1")
+    else:  # it was renamed
+        mail.news = status.queue.epoch
+    status.reload()
+    assert states_of(status, "/spool/m1") == {"a@x.org": "waiting"}
+    status.save()
+    edited = envelope_to(addressee("a@x.org"), addressee("b@x.org"), MessageID="<2@x.org>")
+    write_status(status, {"/spool/m1": edited})
+    status.reload()
+    assert states_of(status, "/spool/m1") == {"a@x.org": "waiting", "b@x.org": "waiting"}
+
+
 def test_reload_knows_a_new_mail_from_an_old_one_of_the_same_name(status):
     saved_status(status, {"/spool/m1": envelope_to(addressee("old@x.org"))})
     drop_entry(status, "/spool/m1")
