@@ -1294,6 +1294,11 @@ def recipient_problem(recipient):
     return "" if recipient["Status"] in (0, 1, 2) else "a recipient's Status is not 0, 1 or 2"
 
 
+def is_of_another(edited, live):
+    """Whether these are the entries of two messages."""
+    return bool(edited.get("MessageID") and live.get("MessageID")) and edited["MessageID"] != live["MessageID"]
+
+
 def merge(edited, live, has_news):
     """The edited entry, with what happened since it was written: who is in flight in the live entry stays as he is
     there, and, if it has news that the file does not know, who has the mail. What it knows of its file is newer, too.
@@ -1780,6 +1785,8 @@ class Status:
         if not (is_live or has_news):
             mail.entry = packed
         elif not envelope_problem(envelope := unpack(packed)):
+            if is_of_another(envelope, mail.envelope()):  # which had this name when the file was written
+                return log(f"{named(mail.path)} is another mail by now: its entry in the status file is ignored")
             merged = merge(envelope, mail.envelope(), has_news)
             if is_live:  # its delivery holds this very dict
                 mail.entry.update(merged)
@@ -4917,7 +4924,7 @@ class Delivery:
         if other.state != LEFT and (there := look(other.path)) and identity(there)[:2] == known[:2]:
             # two names of one file are one mail: this one goes when the other does, and what is known of it is kept
             return queue.drop(mail) if mail.entry is None else self.rest(max(1, self.spooler.options.freq))
-        queue.drop(mail)
+        queue.lose(mail)  # its file may be here by another name: two may have been swapped
         self.spooler.lookout.rename(other, mail.path)
         if other.state == FLYING:
             return False

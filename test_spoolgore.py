@@ -3422,6 +3422,24 @@ def test_reload_of_a_malformed_entry_leaves_a_mail_in_flight_alone(status):
     assert states_of(status, "/spool/m1") == {"a@x.org": "in flight"}
 
 
+@pytest.mark.parametrize("is_live", [True, False])
+def test_reload_gives_a_mail_no_recipients_of_another_one_that_had_its_name(status, is_live):
+    saved_status(status, {"/spool/m1": envelope_to(addressee("old@x.org"), MessageID="<1@x.org>")})
+    mail = status.queue.mails["/spool/m1"]
+    mail.entry = spoolgore.pack(mail.path, envelope_to(addressee("a@x.org"), MessageID="<2@x.org>"))
+    if is_live:
+        take_live(status, "/spool/m1")
+    else:  # it was renamed
+        mail.news = status.queue.epoch
+    status.reload()
+    assert states_of(status, "/spool/m1") == {"a@x.org": "waiting"}
+    status.save()
+    edited = envelope_to(addressee("a@x.org"), addressee("b@x.org"), MessageID="<2@x.org>")
+    write_status(status, {"/spool/m1": edited})
+    status.reload()
+    assert states_of(status, "/spool/m1") == {"a@x.org": "waiting", "b@x.org": "waiting"}
+
+
 def test_reload_knows_a_new_mail_from_an_old_one_of_the_same_name(status):
     saved_status(status, {"/spool/m1": envelope_to(addressee("old@x.org"))})
     drop_entry(status, "/spool/m1")
@@ -7563,6 +7581,19 @@ def test_a_new_mail_of_the_name_of_one_that_is_held_over_a_restart_goes_to_its_o
     after.queue.flush()
     handle(after, "m1")
     assert asked[1:] == [["c@x.org"], ["b@x.org"]] and names(spool) == []
+
+
+def test_two_partly_delivered_mails_that_swap_their_names_go_to_nobody_twice(spool, status):
+    spooler, asked = partly_delivered(spool, status)
+    asked.clear()
+    put(spool, "m2", mail("c@x.org, b@x.org"))
+    handle(spooler, "m2")
+    for old, new in [("m1", ".t"), ("m2", "m1"), (".t", "m2")]:
+        (spool / old).rename(spool / new)
+    spooler.queue.flush()
+    for name in ("m1", "m2"):
+        handle(spooler, name)
+    assert asked == [["c@x.org", "b@x.org"], ["b@x.org"], ["b@x.org"]] and names(spool) == []
 
 
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
