@@ -8,7 +8,7 @@ another's; the queue's counts are right, and no file, entry or descriptor is lef
 
 Left out is what the program is known not to do right, for want of anything that could tell:
 
-- a file is touched and then renamed before its mail is tried again;
+- a file is touched and renamed, or carried out and back, in either order, before its mail is tried again;
 - a partly delivered mail is moved away, and before the daemon sees that, a file that it never opened takes its name;
 - a mail is renamed and then held before the daemon sees the first of these, and then the daemon is restarted;
 - a partly delivered mail is outside, or looked for, while the daemon is restarted;

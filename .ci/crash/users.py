@@ -54,7 +54,8 @@ class Users:
     def is_seen(self, path):
         """Whether the daemon knows this file by this name, with or without a dot, or does not know it at all."""
         owner = self.owner(path)
-        return owner is None or os.path.basename(owner.path) == path.name.lstrip(".")
+        is_here = owner and owner.state != self.turmoil.program.LEFT
+        return owner is None or (is_here and os.path.basename(owner.path) == path.name.lstrip("."))
 
     def is_touched(self, path):
         owner = self.owner(path)
@@ -65,7 +66,8 @@ class Users:
         mail, program = self.turmoil.queue.mails.get(str(name)), self.turmoil.program
         is_partly = mail and mail.state not in (program.FLYING, program.ASIDE)
         is_partly = is_partly and program.is_partly_delivered(mail.envelope())
-        return not self.is_touched(path) and not (is_partly and self.owner(path) is None)
+        is_renamed = name.name != path.name[1:]  # else it is released
+        return not (is_renamed and self.is_touched(path)) and not (is_partly and self.owner(path) is None)
 
     def move(self, path, name):
         """If there is such a file, and it may have that name."""
