@@ -5187,7 +5187,7 @@ class Delivery:
         if not is_same:
             return False
         queue.identify(mail, now)
-        mail.print = hash(now)
+        mail.print, mail.news = hash(now), queue.epoch  # else a reload brings back the time that it had
         set_file(mail.entry, now)
         return True
 

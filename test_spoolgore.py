@@ -7596,6 +7596,18 @@ def test_two_partly_delivered_mails_that_swap_their_names_go_to_nobody_twice(spo
     assert asked == [["c@x.org", "b@x.org"], ["b@x.org"], ["b@x.org"]] and names(spool) == []
 
 
+def test_a_mail_that_is_touched_in_mid_transaction_is_known_after_a_reload(spool, status):
+    status.path = str(spool / ".spoolgore.js")
+
+    def meanwhile():
+        os.utime(spool / "m1", (NOW - 999, NOW - 999))
+        status.commit = lambda mail: mail.news <= status.written or status.save() or True
+
+    partly_delivered(spool, status, meanwhile=meanwhile)
+    status.reload()
+    assert status.queue.mails[f"{spool}/m1"].envelope()["Stat"] == mark_of(spool / "m1")
+
+
 def test_a_held_mail_that_is_removed_is_forgotten(spool, status):
     spooler = spooler_of(spool, status)
     held = waiting_mail(spooler)

@@ -12,10 +12,11 @@ The parts:
     power       every state that a power cut may leave, as far as it is not ruled out by a sync; and a real file system
     relay       a relay that lies, is silent, babbles, hangs up
     resources   too few descriptors, no memory, a full disk, a clock that jumps, and more
+    fuzz        its users rename, hold, swap, touch and bring back files at any moment
     judges      broken copies of the program, which the other parts must find; not in quick
 
-It drives the program from outside only: its command line, files in the spool, the status file, the log, signals. So the
-script under test may be any (--script), under any Python (--python) that has gevent and docopt.
+It drives the program from outside only, but for fuzz: its command line, files in the spool, the status file, the log,
+signals. So the script under test may be any (--script), under any Python (--python) that has gevent and docopt.
 
 How to read the table:
 
@@ -48,6 +49,7 @@ if sys.platform != "linux":
     sys.exit("It needs Linux: use a virtual machine, or a container that may use ptrace.")
 
 import errors
+import fuzz
 import hostile
 import judges
 import kill
@@ -56,7 +58,15 @@ import resources
 from features import features_of
 from workshop import ROOT, CannotRun, Failure, Settings, Workshop, python_with_gevent
 
-PARTS = {"kill": kill, "errors": errors, "power": power, "relay": hostile, "resources": resources, "judges": judges}
+PARTS = {
+    "kill": kill,
+    "errors": errors,
+    "power": power,
+    "relay": hostile,
+    "resources": resources,
+    "fuzz": fuzz,
+    "judges": judges,
+}
 CASE_SECONDS = 600  # no case takes longer, unless something hangs that should not
 SHOWN = 8  # commands for each kind of failure
 

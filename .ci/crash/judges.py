@@ -1,4 +1,4 @@
-"""Part 6: the judges are judged: broken copies of the program must be found by the parts above, for the right reason.
+"""Part 7: the judges are judged: broken copies of the program must be found by the parts above, for the right reason.
 
 Each copy has some lines before its last statement that break one promise. They use the names of the program; when one
 is not there any more the copy ends at once, which is not what its judge is to find, and the lines want adapting.
@@ -118,6 +118,12 @@ FLAWS = [
         instead("os.unlink", "os.dup(0); return real(*given)"),
         "resources --case '20 descriptors'",
         "does not heal|it ended|Too many",
+    ),
+    Flaw(
+        "a file that was renamed is taken for another mail",
+        instead("Queue.identify", "given[1].identity = given[2]; return given[1]"),
+        "fuzz --seeds 1000",
+        "twice|not his|is lost",
     ),
 ]
 
