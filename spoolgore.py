@@ -4905,7 +4905,7 @@ class Delivery:
             if msvcrt:  # another program has it open, and may end that without a change
                 return self.cannot_reach(error)
             return self.stick(self.shown(f"unable to read mail file, {error.strerror}"))
-        if is_being_written(refused, status, spooler.clock(), mail.whole):
+        if refused is not False and is_being_written(refused, status, spooler.clock(), mail.whole):
             return self.rest(QUIET_SECONDS)
         if refused:
             log(f"{self.path} is sent, though somebody has it open for writing: it was left alone for a minute")
