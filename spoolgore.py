@@ -4833,11 +4833,10 @@ def judged(mail, envelope, message, now):
     Returns the entry that it has from now on."""
     is_same = bool(message.message_id) and message.message_id == envelope.get("MessageID")
     verdict = "has the same Message-ID: nobody gets it twice" if is_same else "is taken for a new mail"
-    fresh, has = (
-        changed(envelope, message, is_same, now),
-        {each["Address"]: state(each) for each in recipients(envelope)},
-    )
-    if again := [to for to in map(ADDRESS, recipients(fresh)) if not is_same and has.get(to) == DELIVERED]:
+    fresh = changed(envelope, message, is_same, now)
+    has = {each["Address"] for each in recipients(envelope) if state(each) == DELIVERED}
+    again = [to for to in map(ADDRESS, recipients(fresh)) if to in has]
+    if again and not is_same:
         verdict += f", and goes to {', '.join(again)} again"
     log(f"{named(mail.path)} was changed meanwhile, and {verdict}")
     return fresh
