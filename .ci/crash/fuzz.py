@@ -21,7 +21,7 @@ import json
 import subprocess
 from typing import NamedTuple
 
-from workshop import HERE, CannotRun, Failure
+from workshop import HERE, CannotRun, Failure, add_seed_arguments, seeds_of
 
 SEEDS, QUICK_SEEDS = 1000, 20
 
@@ -37,8 +37,7 @@ class Case(NamedTuple):
 
 
 def add_arguments(parser):
-    parser.add_argument("--seed", type=int, help="only this one")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"so many, from 0 on; {SEEDS:,} if not given")
+    add_seed_arguments(parser, SEEDS, first=0)
 
 
 def missing():
@@ -50,10 +49,7 @@ def remarks(notes):
 
 
 def cases(workshop, options):
-    if options.seed is not None:
-        return [Case(options.seed)] * options.times
-    count = QUICK_SEEDS if options.quick else options.seeds
-    return [Case(seed) for seed in range(count)][:: options.every] * options.times
+    return [Case(seed) for seed in seeds_of(options, first=0, quick=QUICK_SEEDS)]
 
 
 def run(workshop, case, options):

@@ -26,10 +26,22 @@ from typing import NamedTuple
 
 from busy import check_log
 from relay import Conversation, Relay, Transaction, address_of, local_part
-from workshop import Clock, Daemon, Failure, Hand, explained, make_mail, read_status, states, wait_for
+from workshop import (
+    Clock,
+    Daemon,
+    Failure,
+    Hand,
+    add_seed_arguments,
+    explained,
+    make_mail,
+    read_status,
+    seeds_of,
+    states,
+    wait_for,
+)
 
 MAILS, RECIPIENTS, RELAYS = 40, 5, 3
-SEEDS = 500
+SEEDS, QUICK_SEEDS = 500, 10
 HOSTILE_SECONDS, HEALING_SECONDS = 3.0, 30
 ATTEMPTS, MINUTE = 4, 61
 SILENCE = 2.5  # seconds; the daemon would wait for 600 after the content
@@ -52,8 +64,7 @@ class Case(NamedTuple):
 
 
 def add_arguments(parser):
-    parser.add_argument("--seed", type=int, help="only this one")
-    parser.add_argument("--seeds", type=int, default=SEEDS, help=f"so many, from 1 on; {SEEDS} if not given")
+    add_seed_arguments(parser, SEEDS, first=1)
 
 
 def missing():
@@ -65,10 +76,7 @@ def remarks(notes):
 
 
 def cases(workshop, options):
-    if options.seed:
-        return [Case(options.seed)] * options.times
-    count = 10 if options.quick else options.seeds
-    return [Case(seed) for seed in range(1, count + 1)][:: options.every] * options.times
+    return [Case(seed) for seed in seeds_of(options, first=1, quick=QUICK_SEEDS)]
 
 
 # ---------------------------------------------------------------- the relay

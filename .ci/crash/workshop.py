@@ -69,6 +69,20 @@ def stretched(seconds):
     return seconds * min(4, max(1, os.getloadavg()[0] / (os.cpu_count() or 1)))
 
 
+def add_seed_arguments(parser, count, first):
+    """The flags of a part whose cases are seeds."""
+    parser.add_argument("--seed", type=int, help="only this one")
+    parser.add_argument("--seeds", type=int, default=count, help=f"so many, from {first} on; {count:,} if not given")
+
+
+def seeds_of(options, first, quick):
+    """The seeds that were asked for; quick: how many there are of them in a quick run."""
+    if options.seed is not None:
+        return [options.seed] * options.times
+    count = quick if options.quick else options.seeds
+    return [*range(first, first + count)][:: options.every] * options.times
+
+
 def keep_mounts_private():
     """Our mounts are in our namespace alone: a sandbox that copies all, as a browser's does, would keep them alive."""
     libc = ctypes.CDLL(None)
